@@ -1,0 +1,343 @@
+"""`SparseLinear` and `SparseConv2d`: drop-in for `nn.Linear` and `nn.Conv2d`, holding live weights only."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import operators
+from .pattern import Pattern
+
+
+class SparseLayer(nn.Module):
+    """What the sparse layers share: packed `values`, the `pattern` that says where they belong, and the bridge to the
+    dense weight in state dicts."""
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    pattern: Pattern
+
+    def __init__(
+        self,
+        weight_shape: Sequence[int],
+        bias: bool,
+        groups: int,
+        mask: Tensor | None,
+        block: tuple[int, int],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        if mask is None:
+            mask = torch.ones(*weight_shape, dtype=torch.bool, device="cpu")
+        _check_mask(mask, weight_shape)
+        pattern = Pattern.from_mask(mask, block, groups)
+        values = torch.empty(pattern.nnz, *pattern.block, device=device, dtype=dtype)
+        self.values = nn.Parameter(values)
+        self.pattern = pattern.to(values.device)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(weight_shape[0], device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    @property
+    def mask(self) -> Tensor:
+        """bool, in the dense weight's shape: True where a weight remains."""
+        return self.pattern.mask
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that remain."""
+        return self.pattern.density
+
+    @property
+    def block(self) -> tuple[int, int]:
+        return self.pattern.block
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made anew from `values`: differentiable, for reading. Writing into it changes nothing."""
+        return self.pattern.unpack(self.values)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws weight and bias as the dense layer does: the same seed gives the same survivors."""
+        if self.values.is_meta:
+            return
+        weight = self.values.new_empty(self.pattern.weight_shape)
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        self.values.copy_(self.pattern.pack(weight))
+        if self.bias is not None:
+            fan_in = math.prod(self.pattern.weight_shape[1:])
+            bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @torch.no_grad()
+    def set_mask(self, mask: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Replaces the mask. Survivors keep their values, newly live weights start at zero.
+
+        `values` stays the same `Parameter` and loses its gradient. With an `optimizer`, every state tensor in the
+        shape of `values` is carried along in the same way (new positions zero); others, as `step`, stay.
+
+        Not between a forward and its backward (autograd will say that `values` was modified), nor inside
+        DistributedDataParallel, whose buckets are laid out for the old size.
+
+        Args:
+            mask: bool, in the shape of the dense weight.
+            optimizer: one that holds `values`.
+        """
+        _check_mask(mask, self.pattern.weight_shape)
+        _refuse_inside_ddp(self.values)
+        old, new = self.pattern, Pattern.from_mask(mask, self.block, self.pattern.groups).to(self.values.device)
+        shape = self.values.shape
+        state = optimizer.state.get(self.values, {}) if optimizer is not None else {}
+        carried = {key: new.pack(old.unpack(value)) for key, value in state.items() if _has_shape(value, shape)}
+        self._replace(new, new.pack(old.unpack(self.values)))
+        state.update(carried)
+
+    def _replace(self, pattern: Pattern, values: Tensor) -> None:
+        self.pattern = pattern
+        self.values.data = values
+        self.values.grad = None
+        # A graph that saved the old values must not run on: `.data =` alone would go unnoticed.
+        torch.autograd.graph.increment_version(self.values)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.pattern = self.pattern.to(self.values.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
+        destination[prefix + "weight_mask"] = self.mask
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes `weight` with or without `weight_mask`, or the `weight_orig` and `weight_mask` of
+        `torch.nn.utils.prune`. Without a mask the weight is projected on the mask in force."""
+        own = {key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(prefix)}
+        weight = own.get("weight_orig", own.get("weight"))
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        if weight is None:
+            missing_keys.extend([prefix + "weight"] if strict else [])
+        else:
+            try:
+                self._load_weight(weight, own.get("weight_mask"), assign)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"while loading {prefix}weight: {error}")
+        if self.bias is not None and "bias" in own:
+            if own["bias"].shape != self.bias.shape:
+                given = tuple(own["bias"].shape)
+                error_msgs.append(f"while loading {prefix}bias: shape {given} given, {tuple(self.bias.shape)} needed")
+            elif assign:
+                self.bias = nn.Parameter(own["bias"], self.bias.requires_grad)
+            else:
+                with torch.no_grad():
+                    self.bias.copy_(own["bias"])
+        elif strict and self.bias is not None:
+            missing_keys.append(prefix + "bias")
+        if strict:
+            known = {"weight", "weight_mask", "weight_orig"} | ({"bias"} if self.bias is not None else set())
+            unexpected_keys.extend(prefix + key for key in own if key not in known)
+
+    @torch.no_grad()
+    def _load_weight(self, weight: Tensor, mask: Tensor | None, assign: bool) -> None:
+        if tuple(weight.shape) != self.pattern.weight_shape:
+            raise ValueError(f"shape {tuple(weight.shape)} given, {self.pattern.weight_shape} needed")
+        pattern = self.pattern
+        if mask is not None:
+            mask = mask if mask.dtype == torch.bool else mask != 0  # prune keeps its masks as floats
+            _check_mask(mask, pattern.weight_shape)
+            pattern = Pattern.from_mask(mask, self.block, pattern.groups)
+        if assign:
+            self.values = nn.Parameter(pattern.pack(weight), self.values.requires_grad)
+            self.pattern = pattern.to(self.values.device)
+        else:
+            _refuse_inside_ddp(self.values)
+            values = pattern.to(weight.device).pack(weight).to(self.values.device, self.values.dtype)
+            self._replace(pattern.to(self.values.device), values)
+
+    def _adopt(self, dense: nn.Module) -> Self:
+        """Takes over weight, bias, mode and trainability of a dense layer of the same shape."""
+        with torch.no_grad():
+            self.values.copy_(self.pattern.pack(dense.weight))
+            self.values.requires_grad_(dense.weight.requires_grad)
+            if self.bias is not None:
+                self.bias.copy_(dense.bias)
+                self.bias.requires_grad_(dense.bias.requires_grad)
+        return self.train(dense.training)
+
+    def _fill(self, dense: nn.Module) -> Any:
+        """The inverse of `_adopt`: weight and bias of a freshly made dense layer become copies of this layer's."""
+        dense.weight = nn.Parameter(self.weight.detach(), self.values.requires_grad)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        return dense.train(self.training)
+
+    def _sparsity_repr(self) -> str:
+        return f"bias={self.bias is not None}, density={self.density:.4g}, block={self.block}"
+
+
+class SparseLinear(SparseLayer):
+    """`nn.Linear` that stores and computes only what a mask leaves of its weight.
+
+    Input `[..., in_features]`, output `[..., out_features]`. On a CPU the output is a batch-innermost strided view,
+    which the next sparse layer takes without a transpose.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for `nn.Linear`.
+        mask: bool `[out_features, in_features]`, True where a weight remains; None keeps all.
+        block: (rows, cols) of the blocks in which live weights are stored; a finer mask is carried exactly.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        mask: Tensor | None = None,
+        block: tuple[int, int] = (1, 1),
+    ) -> None:
+        super().__init__((out_features, in_features), bias, 1, mask, block, device, dtype)
+        self.in_features, self.out_features = in_features, out_features
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, mask: Tensor | None = None, block: tuple[int, int] = (1, 1)) -> Self:
+        """A sparse copy of `linear`; pruned weights are forgotten."""
+        weight, bias = linear.weight, linear.bias is not None
+        like = {"device": weight.device, "dtype": weight.dtype}
+        return cls(linear.in_features, linear.out_features, bias, mask=mask, block=block, **like)._adopt(linear)
+
+    def to_dense(self) -> nn.Linear:
+        """A dense copy, pruned weights zero."""
+        bias = self.bias is not None
+        return self._fill(nn.Linear(self.in_features, self.out_features, bias, "meta", self.values.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features] -> [..., out_features]`."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"input has {x.shape[-1]} features, the layer takes in_features={self.in_features}")
+        pattern = self.pattern
+        if x.dim() == 2:
+            return operators.linear(x, self.values, self.bias, pattern.index, pattern.weight_shape)
+        y = operators.linear(
+            x.reshape(-1, self.in_features), self.values, self.bias, pattern.index, pattern.weight_shape
+        )
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._sparsity_repr()}"
+
+
+class SparseConv2d(SparseLayer):
+    """`nn.Conv2d` that stores and computes only what a mask leaves of its weight.
+
+    Input `[N, in_channels, H, W]` or `[in_channels, H, W]`, output as `nn.Conv2d`'s.
+
+    Args:
+        in_channels … padding_mode, device, dtype: as for `nn.Conv2d`.
+        mask: bool `[out_channels, in_channels/groups, kh, kw]`, True where a weight remains; None keeps all.
+        block: (rows, cols): output by input channels at one tap, within one group.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        mask: Tensor | None = None,
+        block: tuple[int, int] = (1, 1),
+    ) -> None:
+        args = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        dense = nn.Conv2d(*args, device="meta")  # checks the arguments and brings them into one form
+        super().__init__(dense.weight.shape, bias, groups, mask, block, device, dtype)
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, dense.kernel_size
+        self.stride, self.dilation, self.groups = dense.stride, dense.dilation, groups
+        self.padding, self.padding_mode = dense.padding, padding_mode
+        left_right = dense._reversed_padding_repeated_twice  # [left, right, top, bottom]
+        symmetric = left_right[0] == left_right[1] and left_right[2] == left_right[3]
+        self._pad_first = left_right if padding_mode != "zeros" or not symmetric else None
+        self._padding = (0, 0) if self._pad_first else (left_right[2], left_right[0])
+
+    @classmethod
+    def from_dense(cls, conv: nn.Conv2d, mask: Tensor | None = None, block: tuple[int, int] = (1, 1)) -> Self:
+        """A sparse copy of `conv`; pruned weights are forgotten."""
+        like = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        return cls(*_conv_arguments(conv), mask=mask, block=block, **like)._adopt(conv)
+
+    def to_dense(self) -> nn.Conv2d:
+        """A dense copy, pruned weights zero."""
+        return self._fill(nn.Conv2d(*_conv_arguments(self), "meta", self.values.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[N, in_channels, H, W] -> [N, out_channels, OH, OW]`, N optional."""
+        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
+            expected = f"[N, {self.in_channels}, H, W] or [{self.in_channels}, H, W]"
+            raise ValueError(f"input has shape {tuple(x.shape)}, the layer takes {expected}")
+        batch = x if x.dim() == 4 else x.unsqueeze(0)
+        if self._pad_first:
+            batch = F.pad(batch, self._pad_first, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        shape, index = self.pattern.weight_shape, self.pattern.index
+        geometry = (self.stride, self._padding, self.dilation, self.groups)
+        y = operators.conv2d(batch, self.values, self.bias, index, shape, *geometry)
+        return y if x.dim() == 4 else y.squeeze(0)
+
+    def extra_repr(self) -> str:
+        parts = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        parts += f", padding={self.padding}, dilation={self.dilation}, groups={self.groups}"
+        return f"{parts}, padding_mode={self.padding_mode}, {self._sparsity_repr()}"
+
+
+def _conv_arguments(conv: nn.Conv2d | SparseConv2d) -> tuple:
+    sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return (*sizes, conv.groups, conv.bias is not None, conv.padding_mode)
+
+
+def _has_shape(value: object, shape: torch.Size) -> bool:
+    return isinstance(value, Tensor) and value.shape == shape
+
+
+def _check_mask(mask: Tensor, weight_shape: Sequence[int]) -> None:
+    if isinstance(mask, Tensor) and tuple(mask.shape) != tuple(weight_shape):
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, the weight's is {tuple(weight_shape)}")
+
+
+def _refuse_inside_ddp(values: nn.Parameter) -> None:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    ddp = nn.parallel.DistributedDataParallel
+    for owner in [found for found in gc.get_objects() if isinstance(found, ddp)]:
+        if any(parameter is values for parameter in owner.parameters()):
+            raise RuntimeError(
+                "a mask cannot be changed inside DistributedDataParallel, whose buckets are laid out for the old "
+                "number of weights: change it on the bare module and wrap that anew"
+            )
