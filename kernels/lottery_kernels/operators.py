@@ -18,7 +18,6 @@ from torch import Tensor
 
 from . import reference
 
-
 _CONV = "int[] stride, int[] padding, int[] dilation, int groups"
 SCHEMAS = {
     "linear": "(Tensor x, Tensor values, Tensor? bias, Tensor[] index, int[] weight_shape) -> Tensor",
