@@ -10,9 +10,14 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import config as compiler_config
 
 from . import operators
 from .pattern import Pattern
+
+# To torch.compile a parameter's shape is static, unless its source is named here; `set_mask` changes that of `values`.
+_dynamic = compiler_config.dynamic_sources
+compiler_config.dynamic_sources = ",".join(filter(None, [_dynamic, r".*_parameters\['values'\]"]))
 
 
 class SparseLayer(nn.Module):
@@ -104,8 +109,12 @@ class SparseLayer(nn.Module):
 
     def _replace(self, pattern: Pattern, values: Tensor) -> None:
         self.pattern = pattern
-        self.values.data = values
         self.values.grad = None
+        # The leaf's gradient accumulator remembers the old size for as long as any old graph lives, and is dropped
+        # only when the dtype changes: so it changes for a moment.
+        other = torch.float64 if values.dtype != torch.float64 else torch.float32
+        self.values.data = values.new_empty(0, dtype=other)
+        self.values.data = values
         # A graph that saved the old values must not run on: `.data =` alone would go unnoticed.
         torch.autograd.graph.increment_version(self.values)
 
