@@ -183,17 +183,17 @@ class SparseLayer(nn.Module):
             values = pattern.to(weight.device).pack(weight).to(self.values.device, self.values.dtype)
             self._replace(pattern.to(self.values.device), values)
 
-    def _adopt(self, dense: nn.Module) -> Self:
+    def _adopt(self, dense: nn.Linear | nn.Conv2d) -> Self:
         """Takes over weight, bias, mode and trainability of a dense layer of the same shape."""
         with torch.no_grad():
             self.values.copy_(self.pattern.pack(dense.weight))
             self.values.requires_grad_(dense.weight.requires_grad)
-            if self.bias is not None:
+            if self.bias is not None and dense.bias is not None:
                 self.bias.copy_(dense.bias)
                 self.bias.requires_grad_(dense.bias.requires_grad)
         return self.train(dense.training)
 
-    def _fill(self, dense: nn.Module) -> Any:
+    def _fill(self, dense: Any) -> Any:
         """The inverse of `_adopt`: weight and bias of a freshly made dense layer become copies of this layer's."""
         dense.weight = nn.Parameter(self.weight.detach(), self.values.requires_grad)
         if self.bias is not None:
@@ -234,8 +234,8 @@ class SparseLinear(SparseLayer):
     def from_dense(cls, linear: nn.Linear, mask: Tensor | None = None, block: tuple[int, int] = (1, 1)) -> Self:
         """A sparse copy of `linear`; pruned weights are forgotten."""
         weight, bias = linear.weight, linear.bias is not None
-        like = {"device": weight.device, "dtype": weight.dtype}
-        return cls(linear.in_features, linear.out_features, bias, mask=mask, block=block, **like)._adopt(linear)
+        sizes = (linear.in_features, linear.out_features)
+        return cls(*sizes, bias, weight.device, weight.dtype, mask=mask, block=block)._adopt(linear)
 
     def to_dense(self) -> nn.Linear:
         """A dense copy, pruned weights zero."""
@@ -286,8 +286,11 @@ class SparseConv2d(SparseLayer):
         mask: Tensor | None = None,
         block: tuple[int, int] = (1, 1),
     ) -> None:
-        args = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
-        dense = nn.Conv2d(*args, device="meta")  # checks the arguments and brings them into one form
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        options: dict[str, Any] = geometry | {"padding_mode": padding_mode, "device": "meta"}
+        dense = nn.Conv2d(
+            in_channels, out_channels, kernel_size, **options
+        )  # checks the arguments, gives them one form
         super().__init__(dense.weight.shape, bias, groups, mask, block, device, dtype)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, dense.kernel_size
         self.stride, self.dilation, self.groups = dense.stride, dense.dilation, groups
@@ -301,11 +304,11 @@ class SparseConv2d(SparseLayer):
     def from_dense(cls, conv: nn.Conv2d, mask: Tensor | None = None, block: tuple[int, int] = (1, 1)) -> Self:
         """A sparse copy of `conv`; pruned weights are forgotten."""
         like = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-        return cls(*_conv_arguments(conv), mask=mask, block=block, **like)._adopt(conv)
+        return cls(**_conv_arguments(conv) | like, mask=mask, block=block)._adopt(conv)
 
     def to_dense(self) -> nn.Conv2d:
         """A dense copy, pruned weights zero."""
-        return self._fill(nn.Conv2d(*_conv_arguments(self), "meta", self.values.dtype))
+        return self._fill(nn.Conv2d(**_conv_arguments(self), device="meta", dtype=self.values.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """`[N, in_channels, H, W] -> [N, out_channels, OH, OW]`, N optional."""
@@ -326,9 +329,9 @@ class SparseConv2d(SparseLayer):
         return f"{parts}, padding_mode={self.padding_mode}, {self._sparsity_repr()}"
 
 
-def _conv_arguments(conv: nn.Conv2d | SparseConv2d) -> tuple:
-    sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    return (*sizes, conv.groups, conv.bias is not None, conv.padding_mode)
+def _conv_arguments(conv: nn.Conv2d | SparseConv2d) -> dict[str, Any]:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}
 
 
 def _has_shape(value: object, shape: torch.Size) -> bool:

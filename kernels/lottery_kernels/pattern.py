@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -208,9 +208,9 @@ class Pattern:
         source = self.on_cpu or self
         if device.type == "cpu":
             return source
-        arrays = [array.to(device) for array in source.index]
-        alive = arrays[5] if source.alive is not None else None
-        return Pattern(self.weight_shape, self.block, self.groups, *arrays[:5], alive, self.live, on_cpu=source)
+        names = ("row_ptr", "col", "t_ptr", "t_row", "t_index") + (("alive",) if source.alive is not None else ())
+        moved = {name: getattr(source, name).to(device) for name in names}
+        return replace(source, **moved, on_cpu=source)
 
     def __deepcopy__(self, memo: dict) -> Pattern:
         return self  # immutable

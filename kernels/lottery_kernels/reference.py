@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .pattern import pack, unpack
 
@@ -59,7 +59,7 @@ def conv2d_dgrad(
 ) -> Tensor:
     """Gradient of `conv2d` in x: `[N, out, OH, OW] -> [N, in, H, W]`."""
     weight = unpack(values, index, weight_shape, groups)
-    return torch.nn.grad.conv2d_input(list(x_shape), weight, dy, stride, padding, dilation, groups)
+    return conv2d_input(list(x_shape), weight, dy, stride, padding, dilation, groups)
 
 
 def conv2d_wgrad(
@@ -74,5 +74,5 @@ def conv2d_wgrad(
     groups: int,
 ) -> Tensor:
     """Gradient of `conv2d` in W at the live positions: `[nnz, r, c]`."""
-    dense = torch.nn.grad.conv2d_weight(x, list(weight_shape), dy, stride, padding, dilation, groups)
+    dense = conv2d_weight(x, list(weight_shape), dy, stride, padding, dilation, groups)
     return pack(dense, index, (block[0], block[1]), groups)
