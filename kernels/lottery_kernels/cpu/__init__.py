@@ -1,0 +1,1 @@
+"""The CPU backend: C++ kernels, compiled when they are first needed."""
