@@ -26,7 +26,7 @@ result.json          written last: a stage with it is finished, one without it i
 ==================== ==================================================================================================
 
 ``result.json`` holds ``replicate, round, branch, density, layers {layer: {"weights", "remaining"}}, start`` (iteration it
-started from), ``iterations`` (it ended at), ``early_stop`` and ``final`` (the evaluation records of the lowest ``val_loss`` and
+started from), ``iterations`` (it ended at), ``evaluations`` (their count), ``early_stop`` and ``final`` (the evaluation records of the lowest ``val_loss`` and
 of the last iteration; null without evaluations; final also has ``train_accuracy_all``, over the whole training set),
 ``kernels`` (as in kernels.json) and ``timing`` {``seconds`` of the whole stage, ``step_ms`` mean in the training loop,
 ``sampled``: null or {``sparse_ms``, ``dense_ms``, ``speedup``, ``spread`` [lowest, highest ratio of the repeats]}, sampled side
@@ -87,6 +87,11 @@ class StageFiles:
     def finished(self) -> bool:
         return (self.path / "result.json").exists()
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether the stage has begun: its mask is the first that it saves."""
+        return (self.path / "mask.safetensors").exists()
+
     def mask(self) -> dict[str, Tensor]:
         return files.read_tensors(self.path / "mask.safetensors")
 
@@ -105,7 +110,13 @@ class StageFiles:
         return files.read_json(path) if path.exists() else None
 
     def evaluations(self) -> list[dict[str, Any]]:
-        return files.read_lines(self.path / "evaluations.jsonl")
+        """The evaluations so far; of a finished stage, all of them."""
+        records = files.read_lines(self.path / "evaluations.jsonl")
+        if self.finished and len(records) != (count := self.result()["evaluations"]):
+            raise files.DamagedFile(
+                f"{self.path / 'evaluations.jsonl'}: truncated, {len(records)} of {count} lines are left"
+            )
+        return records
 
     def result(self) -> dict[str, Any]:
         return files.read_json(self.path / "result.json")
@@ -130,13 +141,15 @@ class StageFiles:
         files.sync_lines(self.path / "evaluations.jsonl")
         files.write_checkpoint(self.path / "checkpoint.pt", state)
 
-    def keep_evaluations(self, until: int | None) -> list[dict[str, Any]]:
-        """Cuts the evaluations after iteration `until` (None: all), which a resumed stage makes again."""
+    def keep_evaluations(self, checkpoint: Mapping[str, Any] | None) -> None:
+        """Cuts the evaluations after a checkpoint (None: all), which a resumed stage makes again."""
         path = self.path / "evaluations.jsonl"
-        kept = [] if until is None else [record for record in self.evaluations() if record["iteration"] <= until]
+        count = 0 if checkpoint is None else checkpoint["evaluations"]
+        records = self.evaluations()
+        if len(records) < count:
+            raise files.DamagedFile(f"{path}: truncated, {len(records)} of {count} evaluations are left")
         if path.exists():
-            files.write_lines(path, kept)
-        return kept
+            files.write_lines(path, records[:count])
 
     def finish(self, weights: Mapping[str, Tensor], result: Mapping[str, Any]) -> None:
         """Saves the final weights, then the result, and only then drops the checkpoint."""
@@ -158,8 +171,8 @@ class Run:
     @classmethod
     def create(cls, path: Path, settings: Mapping[str, Any], layers: Mapping[str, Any]) -> Run:
         """Starts a run in an empty or new folder."""
-        if path.exists() and (not path.is_dir() or any(entry.name != ".lock" for entry in path.iterdir())):
-            raise RunError(f"{path} exists and holds no run that could be continued; choose another --out")
+        if path.exists() and (not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())):
+            raise RunError(f"{path} exists and holds something else than a run; choose another folder (--out)")
         description = {"format": FORMAT, "settings": dict(settings), "layers": dict(layers)}
         files.write_json(path / "run.json", description)
         return cls(path, description)
@@ -171,7 +184,9 @@ class Run:
             raise RunError(f"{path} holds no run: there is no run.json in it")
         description = files.read_json(path / "run.json")
         if description.get("format") != FORMAT:
-            raise files.DamagedFile(f"{path / 'run.json'}: format {description.get('format')!r}, this version reads {FORMAT}")
+            raise files.DamagedFile(
+                f"{path / 'run.json'}: format {description.get('format')!r}, this version reads {FORMAT}"
+            )
         return cls(path, description)
 
     @property
@@ -189,10 +204,14 @@ class Run:
         """The finished stages, by replicate, round and branch (the ticket first)."""
         found = []
         for path in self.path.glob("replicate-*/round-*/result.json"):
-            match = re.fullmatch(r"replicate-(\d+)/round-(\d+)(?:-(\w+))?", path.parent.relative_to(self.path).as_posix())
+            match = re.fullmatch(
+                r"replicate-(\d+)/round-(\d+)(?:-(\w+))?", path.parent.relative_to(self.path).as_posix()
+            )
             if match:
                 found.append(Stage(int(match[1]), int(match[2]), match[3] or TICKET))
-        return [self.stage(s) for s in sorted(found, key=lambda s: (s.replicate, s.round, s.branch != TICKET, s.branch))]
+        return [
+            self.stage(s) for s in sorted(found, key=lambda s: (s.replicate, s.round, s.branch != TICKET, s.branch))
+        ]
 
     def initial(self, replicate: int) -> dict[str, Tensor]:
         return files.read_tensors(self.path / f"replicate-{replicate}" / "initial.safetensors")
@@ -209,9 +228,12 @@ class Run:
         """Saves `initial` or `rewind` weights."""
         files.write_tensors(self.path / f"replicate-{replicate}" / f"{name}.safetensors", weights)
 
+    def environment(self) -> list[dict[str, Any]]:
+        """Where the run was started and resumed, one record a time."""
+        return files.read_lines(self.path / "environment.jsonl")
+
     def append_environment(self, record: Mapping[str, Any]) -> None:
-        path = self.path / "environment.jsonl"
-        files.write_lines(path, [*files.read_lines(path), dict(record)])
+        files.write_lines(self.path / "environment.jsonl", [*self.environment(), dict(record)])
 
 
 @contextlib.contextmanager

@@ -1,0 +1,96 @@
+"""The task of the papers: a network that classifies images, judged by loss and accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from lth.data import Dataset, Examples
+from lth.models import Builder
+from lth.seeds import derive
+from lth.train import Task
+
+CHUNK = 1000  # examples evaluated at a time
+
+
+class Shuffled:
+    """Batches drawn by index from tensors: every epoch a new order, a pure function of (seed, epoch).
+
+    The last examples of an order that fill no batch are left out of that epoch.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], batch_size: int) -> None:
+        if len({len(tensor) for tensor in tensors}) != 1:
+            raise ValueError(f"data: tensors of different lengths, {[len(tensor) for tensor in tensors]}")
+        if not 1 <= batch_size <= len(tensors[0]):
+            raise ValueError(f"batch: {batch_size}, but there are {len(tensors[0])} examples")
+        self.tensors, self.batch_size = tuple(tensors), batch_size
+        self._order: tuple[tuple[int, int], Sequence[Tensor]] | None = None
+
+    def __call__(self, iteration: int, seed: int) -> tuple[Tensor, ...]:
+        count = len(self.tensors[0])
+        epoch, position = divmod(iteration, count // self.batch_size)
+        if self._order is None or self._order[0] != (seed, epoch):
+            generator = torch.Generator().manual_seed(derive(seed, epoch))
+            order = torch.randperm(count, generator=generator).to(self.tensors[0].device)
+            self._order = (seed, epoch), order.split(self.batch_size)
+        rows = self._order[1][position]
+        return tuple(tensor.index_select(0, rows) for tensor in self.tensors)
+
+
+def classification(
+    dataset: Dataset,
+    network: Builder,
+    batch_size: int,
+    optimizer: Callable[[nn.Module], Optimizer],
+    device: torch.device,
+) -> Task:
+    """The task of training `network` on `dataset`, whose tensors are on `device`."""
+    shape = dataset.train.x.shape[1:]
+    judged: Mapping[str, Examples] = {
+        "val": dataset.validation,
+        "test": dataset.test,
+        # as many training examples as are held out: all of them would cost more than the training between evaluations
+        "train": Examples(dataset.train.x[: len(dataset.validation)], dataset.train.y[: len(dataset.validation)]),
+    }
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        numbers = {}
+        for split, examples in judged.items():
+            numbers[f"{split}_loss"], numbers[f"{split}_accuracy"] = judge(model, examples)
+        return numbers
+
+    def conclude(model: nn.Module) -> dict[str, float]:
+        loss, accuracy = judge(model, dataset.train)
+        return {"train_loss_all": loss, "train_accuracy_all": accuracy}
+
+    return Task(
+        model=lambda: network(shape, dataset.classes).to(device),
+        batches=Shuffled((dataset.train.x, dataset.train.y), batch_size),
+        step=cross_entropy_step,
+        optimizers=optimizer,
+        evaluate=evaluate,
+        conclude=conclude,
+    )
+
+
+def cross_entropy_step(model: nn.Module, batch: Any) -> Tensor:
+    x, y = batch
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    return loss
+
+
+def judge(model: nn.Module, examples: Examples) -> tuple[float, float]:
+    """(mean cross-entropy, accuracy 0–1) over all examples."""
+    loss, right = torch.zeros((), dtype=torch.float64), 0
+    for x, y in zip(examples.x.split(CHUNK), examples.y.split(CHUNK), strict=True):
+        logits = model(x)
+        loss += F.cross_entropy(logits, y, reduction="sum").cpu()
+        right += int((logits.argmax(1) == y).sum())
+    return loss.item() / len(examples), right / len(examples)

@@ -1,0 +1,213 @@
+"""Iterative magnitude pruning: train, prune, rewind, again; and the controls that branch off."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lth.events import Observer, Plan, PlannedStage
+from lth.masked import DENSE, dense_weights, mask_as_chosen, mask_fastest
+from lth.plan import Search
+from lth.prune import Layer, Masks, at_random, by_magnitude, density_of, full_masks
+from lth.seeds import derive, seed_all
+from lth.store import TICKET, Run, Stage, StageFiles
+from lth.timing import side_by_side
+from lth.train import Task, Training, advance, evaluating, synchronize, train
+
+
+@dataclass(frozen=True)
+class Driver:
+    """Runs the stages of a plan; what is finished on disk is skipped, what was begun is continued."""
+
+    task: Task
+    search: Search
+    layers: Sequence[Layer]
+    run: Run
+    observer: Observer
+
+    def go(self, plan: Plan) -> None:
+        finished = [planned.stage for planned in plan.stages if self.run.stage(planned.stage).finished]
+        self._note_environment()
+        self.observer.run_started(plan, finished)
+        for planned in plan.stages:
+            if planned.stage not in finished:
+                self._stage(planned)
+        self.observer.run_finished(plan.directory)
+
+    def _stage(self, planned: PlannedStage) -> None:
+        stage, files = planned.stage, self.run.stage(planned.stage)
+        weights, masks = self._start(stage, files), self._masks(stage, files)
+        model, kernels = self._masked_model(stage, files, weights, masks)
+
+        seed_all(self._seed(stage, "training", stage.round, stage.branch))
+        training = Training.begin(self.task, model, planned.start)
+        checkpoint = files.checkpoint()
+        if checkpoint is not None:
+            training.restore(checkpoint)
+        files.keep_evaluations(checkpoint)
+        self.observer.stage_started(planned, kernels, training.iteration)
+        train(
+            self.task,
+            training,
+            files,
+            self.observer,
+            iterations=planned.iterations,
+            order_seed=self._seed(stage, "order"),
+            eval_every=self.search.eval_every,
+            checkpoint_seconds=self.search.checkpoint_seconds,
+            reached=self._snapshots(stage),
+        )
+        result = self._result(planned, training, masks, kernels, files)
+        result["timing"] = self._timing(planned, training, weights, masks, kernels)
+        files.finish(dense_weights(model), result)
+        self.observer.stage_finished(stage, result)
+
+    def _start(self, stage: Stage, files: StageFiles) -> dict[str, Tensor]:
+        """The weights that a stage starts from; those of θ0 and of a reinit are drawn and saved when first wanted."""
+        if stage.branch == "reinit":
+            if not (files.path / "start.safetensors").exists():
+                files.save_start(dense_weights(self._draw(stage, "reinit", stage.round)))
+        elif not self.run.has(stage.replicate, "initial"):
+            given = self.task.first if stage.replicate == 0 else None
+            self.run.save(stage.replicate, "initial", dense_weights(given or self._draw(stage, "initial")))
+        return files.start()
+
+    def _masks(self, stage: Stage, files: StageFiles) -> Masks:
+        if files.has_mask:
+            return files.mask()
+        masks = self._prune(stage)
+        files.save_mask(masks)
+        return masks
+
+    def _prune(self, stage: Stage) -> Masks:
+        replicate, number = stage.replicate, stage.round
+        if number == 0:
+            return full_masks(self.layers)
+        if stage.branch == "reinit":
+            return self.run.stage(Stage(replicate, number)).mask()
+        if stage.branch == "random":
+            generator = torch.Generator().manual_seed(self._seed(stage, "random", number))
+            return at_random(self.layers, self.run.stage(Stage(replicate, number)).mask(), generator)
+        before = self.run.stage(Stage(replicate, 0 if stage.branch == "oneshot" else number - 1))
+        trained = before.weights()
+        weights = {layer.name: trained[f"{layer.name}.weight"] for layer in self.layers}
+        return by_magnitude(self.layers, weights, before.mask(), number)
+
+    def _masked_model(
+        self, stage: Stage, files: StageFiles, weights: Mapping[str, Tensor], masks: Masks
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """The model at its start, and how its masked layers run: as decided before, or as for the ticket, or decided now."""
+        model = self._model(stage, weights)
+        if stage.round == 0:
+            unmasked = {"layers": dict.fromkeys(masks, "dense"), "reason": "nothing is pruned"}
+            files.save_kernels(unmasked)
+            return model, unmasked
+        kernels = files.kernels()
+        if kernels is None:
+            if stage.branch == TICKET:
+                example = self.task.example(self.task.batches(0, self._seed(stage, "order")))
+                kernels = mask_fastest(self._model(stage, weights), masks, self.layers, self.search.kernels, example)
+            else:
+                kernels = self.run.stage(Stage(stage.replicate, stage.round)).kernels()
+                assert kernels is not None  # the ticket's stage goes before its branches
+            files.save_kernels(kernels)
+        return mask_as_chosen(model, masks, kernels["layers"]), kernels
+
+    def _model(self, stage: Stage, weights: Mapping[str, Tensor]) -> nn.Module:
+        seed_all(self._seed(stage, "initial"))
+        model = self.task.fresh()
+        model.load_state_dict(weights)
+        return model
+
+    def _draw(self, stage: Stage, *path: int | str) -> nn.Module:
+        seed_all(self._seed(stage, *path))
+        return self.task.model()
+
+    def _seed(self, stage: Stage, *path: int | str) -> int:
+        return derive(self.search.seed, stage.replicate, *path)
+
+    def _snapshots(self, stage: Stage) -> dict[int, Callable[[nn.Module], None]]:
+        if stage.round or not self.search.rewind:
+            return {}
+        return {self.search.rewind: lambda model: self.run.save(stage.replicate, "rewind", dense_weights(model))}
+
+    def _result(
+        self, planned: PlannedStage, training: Training, masks: Masks, kernels: Mapping[str, Any], files: StageFiles
+    ) -> dict[str, Any]:
+        """What result.json holds, without its timing."""
+        stage, evaluations = planned.stage, files.evaluations()
+        judged = [record for record in evaluations if "val_loss" in record]
+        final = dict(evaluations[-1]) if evaluations else None
+        if self.task.conclude is not None:
+            final = {**(final or {"iteration": training.iteration}), **_conclusion(self.task, training.model)}
+        return {
+            "replicate": stage.replicate,
+            "round": stage.round,
+            "branch": stage.branch,
+            "density": density_of(masks),
+            "layers": {
+                name: {"weights": mask.numel(), "remaining": int(mask.sum())} for name, mask in sorted(masks.items())
+            },
+            "start": planned.start,
+            "iterations": training.iteration,
+            "evaluations": len(evaluations),
+            "early_stop": min(judged, key=_val_loss) if judged else None,
+            "final": final,
+            "kernels": dict(kernels),
+        }
+
+    def _timing(
+        self,
+        planned: PlannedStage,
+        training: Training,
+        weights: Mapping[str, Tensor],
+        masks: Masks,
+        kernels: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        sampled = None
+        if planned.stage.branch == TICKET and any(how.startswith("sparse") for how in kernels["layers"].values()):
+            sides = (kernels["layers"], dict.fromkeys(masks, DENSE))
+            sampled = side_by_side(*(self._stepper(planned, weights, masks, choice) for choice in sides))
+        step_ms = 1000 * training.seconds / max(training.steps, 1)
+        return {"seconds": training.seconds, "step_ms": step_ms, "sampled": sampled}
+
+    def _stepper(
+        self, planned: PlannedStage, weights: Mapping[str, Tensor], masks: Masks, choice: Mapping[str, str]
+    ) -> Callable[[], None]:
+        """Does a training step of a copy when called."""
+        model = mask_as_chosen(self._model(planned.stage, weights), masks, choice)
+        training = Training.begin(self.task, model, planned.start)
+        order_seed = self._seed(planned.stage, "order")
+
+        def step() -> None:
+            advance(self.task, training, order_seed, f"{planned.stage}, timed on a copy")
+            synchronize(model)
+
+        return step
+
+    def _note_environment(self) -> None:
+        here = {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "machine": platform.node()}
+        records = self.run.environment()
+        if records and (changed := [key for key in here if records[-1].get(key) != here[key]]):
+            self.observer.note(
+                "equal bits are promised for an equal machine only; changed since the last start: "
+                + ", ".join(f"{key} {records[-1].get(key)} → {here[key]}" for key in changed)
+            )
+        self.run.append_environment({**here, "python": platform.python_version(), "started": time.time()})
+
+
+def _conclusion(task: Task, model: nn.Module) -> dict[str, float]:
+    assert task.conclude is not None
+    with evaluating(model):
+        return {name: float(value) for name, value in task.conclude(model).items()}
+
+
+def _val_loss(record: Mapping[str, Any]) -> float:
+    loss = record["val_loss"]
+    return loss if loss == loss else float("inf")

@@ -1,0 +1,125 @@
+"""What a search for tickets does: its settings, checked, and the trainings that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lth.events import Plan, PlannedStage
+from lth.prune import Block, Layer
+from lth.store import BRANCHES, TICKET, Stage
+
+KERNELS = ("auto", "sparse", "dense")
+
+
+@dataclass(frozen=True)
+class Search:
+    """How tickets are searched for.
+
+    Attributes:
+        iterations: a training ends at this iteration.
+        rounds: how often is pruned; round 0 is the dense network.
+        rate: share of the remaining weights (blocks) pruned a round: one for all layers, or {module name: rate}, where the
+            layers left out are exempt: neither pruned nor counted.
+        block: (rows, cols) that are pruned together.
+        rewind: survivors return to their weights after this many iterations of round 0; 0 is initialisation.
+        branches: of "reinit", "random", "oneshot": controls grown from a round.
+        branch_rounds: the rounds that grow branches; None: all but round 0.
+        replicates: repeats, each with its own seed for initialisation, data order and pruning.
+        eval_every: iterations between evaluations.
+        kernels: "auto" measures once a round, "sparse" or "dense".
+        checkpoint_seconds: at most about so much of a round is lost when a run is killed.
+    """
+
+    iterations: int
+    rounds: int = 15
+    rate: float | Mapping[str, float] = 0.2
+    block: Block = (1, 1)
+    rewind: int = 0
+    branches: tuple[str, ...] = ()
+    branch_rounds: tuple[int, ...] | None = None
+    replicates: int = 1
+    seed: int = 0
+    eval_every: int = 100
+    kernels: str = "auto"
+    checkpoint_seconds: float = 20.0
+
+    def __post_init__(self) -> None:
+        _check("iterations", self.iterations, self.iterations >= 1, "at least 1")
+        _check("rounds", self.rounds, 0 <= self.rounds <= 99, "0 to 99")
+        _check(
+            "rewind", self.rewind, 0 <= self.rewind < self.iterations, f"0 to below the {self.iterations} iterations"
+        )
+        _check("replicates", self.replicates, self.replicates >= 1, "at least 1")
+        _check("eval_every", self.eval_every, self.eval_every >= 1, "at least 1")
+        _check("kernels", self.kernels, self.kernels in KERNELS, ", ".join(KERNELS))
+        _check("checkpoint_seconds", self.checkpoint_seconds, self.checkpoint_seconds >= 0, "0 or more")
+        _check("block", self.block, len(self.block) == 2 and min(self.block) >= 1, "two sizes of at least 1")
+        for branch in self.branches:
+            _check("branches", branch, branch in BRANCHES, ", ".join(BRANCHES))
+        for number in self.branch_rounds or ():
+            _check("branch_rounds", number, 1 <= number <= self.rounds, f"1 to the {self.rounds} rounds")
+        rates = self.rate.values() if isinstance(self.rate, Mapping) else [self.rate]
+        for rate in rates:
+            _check("rate", rate, 0 < rate < 1, "between 0 and 1")
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result, for run.json."""
+        settings = asdict(self)
+        del settings["checkpoint_seconds"]
+        settings["rate"] = dict(self.rate) if isinstance(self.rate, Mapping) else self.rate
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+
+
+def make_plan(search: Search, layers: Sequence[Layer], directory: Path | None) -> Plan:
+    """The trainings of a search, in order.
+
+    Raises:
+        ValueError: a round would leave nothing of a layer.
+    """
+    for layer in layers:
+        if not layer.remaining(search.rounds):
+            raise ValueError(
+                f"rounds: after {search.rounds} rounds at rate {layer.rate} nothing would be left of layer {layer.name!r}, "
+                f"which has {layer.blocks} block(s) of {layer.block[0]}x{layer.block[1]}"
+            )
+    stages = [
+        _planned(search, layers, Stage(replicate, number, branch))
+        for replicate in range(search.replicates)
+        for number in range(search.rounds + 1)
+        for branch in (TICKET, *(search.branches if _branches_grow(search, number) else ()))
+    ]
+    return Plan(directory, described(layers), stages)
+
+
+def described(layers: Sequence[Layer]) -> dict[str, dict[str, Any]]:
+    """The layers as run.json holds them."""
+    return {
+        layer.name: {
+            "shape": list(layer.shape),
+            "weights": layer.weights,
+            "rate": layer.rate,
+            "block": list(layer.block),
+            "blocks": layer.blocks,
+        }
+        for layer in layers
+    }
+
+
+def _branches_grow(search: Search, number: int) -> bool:
+    return number > 0 and (search.branch_rounds is None or number in search.branch_rounds)
+
+
+def _planned(search: Search, layers: Sequence[Layer], stage: Stage) -> PlannedStage:
+    remaining = {layer.name: layer.remaining(stage.round) for layer in layers}
+    weights = sum(layer.weights * remaining[layer.name] / layer.blocks for layer in layers)
+    # a reinit has no trajectory of its own to rewind to, so it starts where the dense network did
+    start = 0 if stage.round == 0 or stage.branch == "reinit" else search.rewind
+    return PlannedStage(stage, weights / sum(layer.weights for layer in layers), remaining, start, search.iterations)
+
+
+def _check(name: str, value: object, right: bool, allowed: str) -> None:
+    if not right:
+        raise ValueError(f"{name}: {value!r}; it takes {allowed}")

@@ -1,0 +1,199 @@
+"""`find_ticket`: iterative magnitude pruning over anyone's model, data and training step; and what it finds."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lth.classify import Shuffled
+from lth.driver import Driver
+from lth.events import Observer, Plan
+from lth.masked import mask_as_chosen
+from lth.plan import Search, make_plan
+from lth.prune import layers_of
+from lth.store import TICKET, Run, RunError, Stage, locked
+from lth.train import Losses, Task
+
+
+class Ticket:
+    """A mask and the weights to start it from; read from the run's folder when asked for."""
+
+    def __init__(self, run: Run, stage: Stage) -> None:
+        self._files, self.stage = run.stage(stage), stage
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """{layer name: bool mask, in the shape of the dense weight}."""
+        return self._files.mask()
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The state to start from: θ0, θk or a new draw; dense, unmasked."""
+        return self._files.start()
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The state after training; dense, pruned positions 0."""
+        return self._files.weights()
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """Density, early stop, final numbers, timing: as `lth.store` describes result.json."""
+        return self._files.result()
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return self._files.evaluations()
+
+    def plant(self, model: nn.Module) -> nn.Module:
+        """Loads the weights into a plain model and masks it, sparse or dense as it was trained here. In place."""
+        model.load_state_dict(self.weights)
+        return mask_as_chosen(model, {} if self.stage.round == 0 else self.masks, self.result["kernels"]["layers"])
+
+
+class Tickets:
+    """What a search found. `tickets[n]` is the ticket of round n; `tickets[0]` is dense, `tickets[-1]` the sparsest."""
+
+    def __init__(self, run: Run, rounds: int, temporary: tempfile.TemporaryDirectory | None = None) -> None:
+        self.run, self._rounds = run, rounds
+        self._temporary = temporary  # lives as long as this object
+
+    def __len__(self) -> int:
+        return self._rounds + 1
+
+    def __getitem__(self, number: int) -> Ticket:
+        return self.at(range(len(self))[number])
+
+    def __iter__(self) -> Iterator[Ticket]:
+        return (self[number] for number in range(len(self)))
+
+    def at(self, number: int, branch: str = TICKET, replicate: int = 0) -> Ticket:
+        """The ticket of a round, of a branch, of a replicate."""
+        if not self.run.stage(Stage(replicate, number, branch)).finished:
+            raise KeyError(f"{Stage(replicate, number, branch)} was not run")
+        return Ticket(self.run, Stage(replicate, number, branch))
+
+
+def find_ticket(
+    model: nn.Module | Callable[[], nn.Module],
+    data: Tensor | Sequence[Tensor] | Callable[[int, int], Any],
+    step: Callable[[nn.Module, Any], Losses],
+    optimizer: Callable[[nn.Module], Optimizer | Sequence[Optimizer]],
+    *,
+    iterations: int,
+    batch_size: int | None = None,
+    scheduler: Callable[..., Any] | None = None,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    example: Callable[[Any], Any] | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    observer: Observer | None = None,
+    **search: Any,
+) -> Tickets:
+    """Searches for a ticket: trains, prunes the smallest weights, rewinds the rest, and again.
+
+    Args:
+        model: makes a model on its device, drawn from torch's generator; or a model, whose weights are θ0 (it is not changed;
+            new draws, for other replicates and reinit, call `reset_parameters()` of its modules).
+        data: tensors of equal length, of which `batch_size` rows a time are drawn in a new order every epoch; or a function
+            (iteration, seed) → batch of anything, that gives the same batch whenever it is called with the same numbers.
+        step: (model, batch) → loss or losses, a tensor or several. It leaves the gradients of the update in `.grad` and may
+            clip them; the driver checks the losses, steps the optimizers and schedulers, and clears the gradients.
+        optimizer: model → an optimizer or several. Sparse layers hold `values` in the place of `weight`: take `parameters()`.
+        scheduler: optimizer (or the list of several) → a scheduler or several, stepped every iteration.
+        evaluate: model → numbers, called every `eval_every` iterations; `val_loss` decides the early stop.
+        example: batch → what the model is called with; the first entry of a tuple unless given. Used by kernels="auto".
+        out: the run's folder; without one, a temporary folder that lives as long as the result.
+        resume: continue what `out` holds.
+        observer: hears how it goes.
+        **search: as in :class:`lth.plan.Search`: rounds, rate, block, rewind, branches, branch_rounds, replicates, seed,
+            eval_every, kernels, checkpoint_seconds.
+
+    Raises:
+        ValueError: a setting that cannot be. RunError: the folder holds something else. Diverged: a loss was not finite.
+    """
+    batches = data if callable(data) else _batches(data, batch_size)
+    task = Task(
+        model=(lambda: _redrawn(model)) if isinstance(model, nn.Module) else model,
+        batches=batches,
+        step=step,
+        optimizers=optimizer,
+        schedulers=lambda optimizers: _schedulers(scheduler, optimizers),
+        evaluate=evaluate,
+        first=model if isinstance(model, nn.Module) else None,
+        **({} if example is None else {"example": example}),
+    )
+    chosen = Search(iterations=iterations, **search)
+    temporary = tempfile.TemporaryDirectory(prefix="lth-") if out is None else None
+    directory = Path(temporary.name if temporary else out)  # type: ignore[arg-type]  # out is no None where temporary is
+    run = run_search(task, chosen, directory, resume=resume, observer=observer or Observer())
+    return Tickets(run, chosen.rounds, temporary)
+
+
+def run_search(
+    task: Task,
+    search: Search,
+    directory: Path,
+    *,
+    resume: bool,
+    observer: Observer,
+    settings: Mapping[str, Any] | None = None,
+) -> Run:
+    """Runs a search in its folder; `settings` are what else decides its result."""
+    plan = plan_search(task, search, directory)
+    with locked(directory):
+        described_by = {**search.settings(), **(settings or {})}
+        run = open_run(directory, described_by, plan, resume=resume)
+        Driver(task, search, layers_of(task.fresh(), search.rate, search.block), run, observer).go(plan)
+    return run
+
+
+def plan_search(task: Task, search: Search, directory: Path | None) -> Plan:
+    return make_plan(search, layers_of(task.fresh(), search.rate, search.block), directory)
+
+
+def open_run(directory: Path, settings: Mapping[str, Any], plan: Plan, *, resume: bool) -> Run:
+    """A new run, or the one that the folder holds if it is to be resumed and its settings are these."""
+    if not (directory / "run.json").exists():
+        return Run.create(directory, settings, plan.layers)
+    if not resume:
+        raise RunError(f"{directory} holds a run already; --resume continues it, --out names another folder")
+    run = Run.open(directory)
+    theirs = {**run.settings, "layers": run.layers}
+    ours = {**settings, "layers": dict(plan.layers)}
+    if changed := [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]:
+        differences = "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in changed)
+        raise RunError(f"{directory} holds a run with other settings ({differences}); --out names another folder")
+    return run
+
+
+def _batches(data: Tensor | Sequence[Tensor], batch_size: int | None) -> Shuffled:
+    if batch_size is None:
+        raise ValueError("batch_size: None; it takes a number where data is tensors")
+    return Shuffled([data] if isinstance(data, Tensor) else data, batch_size)
+
+
+def _redrawn(model: nn.Module) -> nn.Module:
+    """A copy of a model with every module's parameters drawn anew."""
+    drawn = copy.deepcopy(model)
+    for name, module in drawn.named_modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+        elif any(True for _ in module.parameters(recurse=False)):
+            raise ValueError(
+                f"model: module {name!r} has parameters but no reset_parameters(); pass a function that makes the model"
+            )
+    return drawn
+
+
+def _schedulers(scheduler: Callable[..., Any] | None, optimizers: list[Optimizer]) -> Sequence[Any]:
+    if scheduler is None:
+        return ()
+    made = scheduler(optimizers[0] if len(optimizers) == 1 else optimizers)
+    return list(made) if isinstance(made, list | tuple) else [made]

@@ -1,0 +1,202 @@
+"""One training, from a start to its last iteration: steps, evaluations, checkpoints. Reads top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lth.events import Observer
+from lth.seeds import random_state, restore_random_state
+from lth.store import StageFiles
+
+Losses = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+class Diverged(RuntimeError):
+    """A loss was NaN or infinite. It was stopped before the update."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained. None of it knows of masks, rounds or kernels.
+
+    Attributes:
+        model: makes a model, drawn from torch's generator, on its device. Called anew for every training.
+        batches: (iteration, seed) → the batch of that iteration, a pure function of both, so that it can be resumed.
+        step: (model, batch) → loss or losses, after it has left the gradients of the update in `.grad`. The driver steps and
+            clears; the step may clip, scale, or run backward several times.
+        optimizers: model → optimizer or optimizers. Called on the model as it is trained: a layer that runs sparse holds
+            `values` in the place of `weight`, so collect from `parameters()`.
+        schedulers: optimizers → schedulers that are stepped after every iteration.
+        evaluate: model → numbers; `val_loss` decides the early stop. Called in eval mode, without gradients.
+        conclude: model → more numbers, once, after the last iteration.
+        example: batch → what the model is called with, for measuring which kernels are faster.
+        first: the model that replicate 0 starts from, in the place of a draw.
+    """
+
+    model: Callable[[], nn.Module]
+    batches: Callable[[int, int], Any]
+    step: Callable[[nn.Module, Any], Losses]
+    optimizers: Callable[[nn.Module], Optimizer | Sequence[Optimizer]]
+    schedulers: Callable[[list[Optimizer]], Sequence[Any]] = lambda optimizers: ()
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
+    conclude: Callable[[nn.Module], Mapping[str, float]] | None = None
+    example: Callable[[Any], Any] = lambda batch: batch[0] if isinstance(batch, tuple | list) else batch
+    first: nn.Module | None = None
+
+    def fresh(self) -> nn.Module:
+        """A plain model whose weights are to be loaded."""
+        return copy.deepcopy(self.first) if self.first is not None else self.model()
+
+
+@dataclass
+class Training:
+    """A model in training, with all that a continuation needs."""
+
+    model: nn.Module
+    optimizers: list[Optimizer]
+    schedulers: list[Any]
+    iteration: int  # iterations done
+    seconds: float = 0.0  # spent in steps
+    steps: int = 0  # that those seconds hold
+    last_save: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def begin(cls, task: Task, model: nn.Module, iteration: int) -> Training:
+        """Fresh optimizers, and schedulers brought to `iteration`."""
+        made = task.optimizers(model)
+        optimizers = [made] if isinstance(made, Optimizer) else list(made)
+        schedulers = list(task.schedulers(optimizers))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # no optimizer step went before
+            for _ in range(iteration):
+                for scheduler in schedulers:
+                    scheduler.step()
+        return cls(model, optimizers, schedulers, iteration)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "iteration": self.iteration,
+            "seconds": self.seconds,
+            "steps": self.steps,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "random": random_state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.iteration, self.seconds, self.steps = state["iteration"], state["seconds"], state["steps"]
+        self.model.load_state_dict(state["model"])
+        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
+        for scheduler, stored in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(stored)
+        restore_random_state(state["random"])
+
+
+def train(
+    task: Task,
+    training: Training,
+    files: StageFiles,
+    observer: Observer,
+    *,
+    iterations: int,
+    order_seed: int,
+    eval_every: int,
+    checkpoint_seconds: float,
+    reached: Mapping[int, Callable[[nn.Module], None]],
+) -> None:
+    """Trains to `iterations`, evaluating at the start, every `eval_every` iterations and at the end.
+
+    Args:
+        order_seed: seeds the batches.
+        checkpoint_seconds: a checkpoint is written at an evaluation if so long has passed since the last.
+        reached: {iteration ≥ 1: called with the model when that many iterations are done}.
+
+    Raises:
+        Diverged: a loss is NaN or infinite.
+    """
+    stage, model = files.stage, training.model
+    if not files.evaluations():
+        _evaluate(task, training, files, observer)
+    began, begun_at = time.perf_counter(), training.iteration
+    while training.iteration < iterations:
+        advance(task, training, order_seed, stage)
+        if training.iteration in reached:
+            reached[training.iteration](model)
+        if training.iteration % eval_every and training.iteration < iterations:
+            continue
+        synchronize(model)
+        seconds, steps = time.perf_counter() - began, training.iteration - begun_at
+        training.seconds, training.steps = training.seconds + seconds, training.steps + steps
+        observer.stepped(stage, training.iteration, 1000 * seconds / steps)
+        _evaluate(task, training, files, observer)
+        if time.monotonic() - training.last_save >= checkpoint_seconds and training.iteration < iterations:
+            files.save_checkpoint({**training.state(), "evaluations": len(files.evaluations())})
+            training.last_save = time.monotonic()
+        began, begun_at = time.perf_counter(), training.iteration
+
+
+def advance(task: Task, training: Training, order_seed: int, stage: object) -> None:
+    """One iteration. Raises :class:`Diverged`, which names `stage`, before a loss that is not finite updates anything."""
+    losses = task.step(training.model, task.batches(training.iteration, order_seed))
+    _require_finite(losses, training.iteration, stage)
+    for optimizer in training.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    for scheduler in training.schedulers:
+        scheduler.step()
+    training.iteration += 1
+
+
+def _evaluate(task: Task, training: Training, files: StageFiles, observer: Observer) -> None:
+    if task.evaluate is None:
+        return
+    with evaluating(training.model):
+        numbers = task.evaluate(training.model)
+    record = {"iteration": training.iteration, **{name: float(value) for name, value in numbers.items()}}
+    files.append_evaluation(record)
+    observer.evaluated(files.stage, record)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module is back in its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _require_finite(losses: Losses, iteration: int, stage: object) -> None:
+    named: Mapping[Any, Tensor]
+    if isinstance(losses, Tensor):
+        named = {"": losses}
+    else:
+        named = losses if isinstance(losses, Mapping) else dict(enumerate(losses))
+    for name, loss in named.items():
+        value = loss.item()
+        if not math.isfinite(value):
+            which = f"loss {name}" if name != "" else "the loss"
+            raise Diverged(f"{which} is {value} at step {iteration + 1} of {stage}; stopped before the update")
+
+
+def synchronize(model: nn.Module) -> None:
+    parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.is_cuda:
+        torch.cuda.synchronize(parameter.device)
