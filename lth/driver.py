@@ -33,6 +33,8 @@ class Driver:
 
     def go(self, plan: Plan) -> None:
         finished = [planned.stage for planned in plan.stages if self.run.stage(planned.stage).finished]
+        for stage in finished:
+            self.run.stage(stage).drop_checkpoint()  # a crash may have come between the result and this
         self._note_environment()
         self.observer.run_started(plan, finished)
         for planned in plan.stages:

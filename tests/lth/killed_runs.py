@@ -1,0 +1,91 @@
+"""Run as a program: kills a tiny search at every write, resumes it, and prints where the outcome differs.
+
+    python -m tests.lth.killed_runs FOLDER KERNELS EVERY
+
+A process that has not computed anything forks one child a kill, so that torch is imported once. The child dies by SIGKILL
+at the n-th call that writes, half of the bytes written; a second child resumes. EVERY: only every so many calls.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.lth import tiny
+
+WRITING = ("write", "fsync", "replace", "ftruncate")
+
+
+def kill_at(number: int) -> Callable[[], int]:
+    """From now on the call `number` (from 1) of those that write kills this process; returns a count of the calls so far."""
+    calls = 0
+
+    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                if name == "write":
+                    descriptor, data = arguments
+                    real(descriptor, data[: len(data) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments)
+
+        return call
+
+    for name in WRITING:
+        setattr(os, name, counted(name, getattr(os, name)))
+    return lambda: calls
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Runs `work` in a fork; its exit status, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def search(folder: Path, kernels: str, resume: bool = False) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    tiny.search(out=folder, resume=resume, kernels=kernels, rewind=3, branches=("reinit", "random"))
+
+
+def main(folder: Path, kernels: str, every: int) -> None:
+    whole, broken = folder / "whole", folder / "broken"
+
+    def count_calls() -> None:
+        calls = kill_at(0)
+        search(whole, kernels)
+        (folder / "calls").write_text(str(calls()))
+
+    assert in_child(count_calls) == 0
+    expected, calls = tiny.bits(whole), int((folder / "calls").read_text())
+    for number in range(1, calls + 1, every):
+        shutil.rmtree(broken, ignore_errors=True)
+
+        def killed(number: int = number) -> None:
+            kill_at(number)
+            search(broken, kernels)
+
+        assert in_child(killed) == -signal.SIGKILL, f"call {number} of {calls} did not happen"
+        assert in_child(lambda: search(broken, kernels, resume=True)) == 0, f"not resumed after call {number}"
+        assert tiny.bits(broken) == expected, f"other bits after call {number}"
+        assert not list(broken.rglob("checkpoint.pt")), f"a checkpoint is left after call {number}"
+    print(f"{len(range(1, calls + 1, every))} kills, equal bits")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,81 @@
+"""A classification problem that trains in milliseconds, with everything that a continuation could lose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lth import files
+from lth.store import Run
+from lth.ticket import Tickets, find_ticket
+
+
+def examples(count: int = 96, features: int = 12, classes: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(count, features, generator=generator)
+    return x, (x @ torch.randn(features, classes, generator=generator)).argmax(1)
+
+
+def network(features: int = 12, hidden: int = 16, classes: int = 3) -> nn.Sequential:
+    """fc1, norm, relu, dropout, output: buffers to rewind and a random generator to restore."""
+    return nn.Sequential(
+        *(nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(0.2), nn.Linear(hidden, classes))
+    )
+
+
+def step(model: nn.Module, batch: Any) -> Tensor:
+    x, y = batch
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    return loss
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=0.01)
+
+
+def evaluate(model: nn.Module) -> dict[str, float]:
+    x, y = examples()
+    logits = model(x)
+    return {
+        "val_loss": F.cross_entropy(logits, y).item(),
+        "val_accuracy": (logits.argmax(1) == y).float().mean().item(),
+    }
+
+
+def search(**changes: Any) -> Tickets:
+    """A search over the tiny problem; `changes` go to find_ticket."""
+    chosen: dict[str, Any] = {
+        "model": network,
+        "data": examples(),
+        "step": step,
+        "optimizer": adam,
+        "batch_size": 32,
+        "evaluate": evaluate,
+        "iterations": 6,
+        "rounds": 1,
+        "rate": 0.3,
+        "eval_every": 3,
+        "kernels": "dense",
+        "checkpoint_seconds": 0,
+    }
+    chosen.update(changes)
+    return find_ticket(**chosen)
+
+
+def bits(folder: Path) -> dict[str, Any]:
+    """All that a run holds and that must not depend on how often it was interrupted."""
+    run = Run.open(folder)
+    held: dict[str, Any] = {
+        path.relative_to(folder).as_posix(): files.digest_of(files.read_tensors(path))
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+    for stage in run.finished():
+        result = stage.result()
+        del result["timing"]
+        held[stage.stage.folder] = (result, stage.evaluations())
+    return held
