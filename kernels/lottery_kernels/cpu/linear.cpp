@@ -69,87 +69,68 @@ void in_shares(int64_t work, const F& share) {
   });
 }
 
-// A whole activation in panels [batch / T, features, T], `features` padded to whole blocks with zeros.
+// Panels as wide as two or four vectors: narrow ones where wide ones are too few to share out, or outgrow the cache.
 template <class S>
-struct Panels {
-  static constexpr int T = kPanel<S>;
-  int64_t count, features;
-  Tensor buffer;
-  S* data;
+bool wide_panels(int64_t batch, int64_t features) {
+  constexpr int64_t kCache = 768 << 10;
+  constexpr int64_t T = 4 * kLanes<S>;
+  return batch > T / 2 * at::get_num_threads() && features * T * int64_t(sizeof(S)) <= kCache;
+}
 
-  Panels(const Activation<const S>& x, int64_t padded, const Tensor& like)
-      : count((x.batch + T - 1) / T), features(padded) {
-    buffer = at::empty({count * features * T}, like.options());
-    data = buffer.mutable_data_ptr<S>();
-    const int64_t stripes = (features + kStripe - 1) / kStripe;
-    in_shares(count * features * 4, [&](int64_t i, int64_t n) {
-      const int64_t f0 = stripes * i / n * kStripe, f1 = std::min(features, stripes * (i + 1) / n * kStripe);
-      const int64_t real = std::clamp(x.features, f0, f1);
-      for (int64_t p = 0; p < count; ++p) {
-        pack<S, T>(x, p * T, f0, real, panel(p));
-        std::memset(panel(p) + real * T, 0, (f1 - real) * T * sizeof(S));
-      }
-    });
-  }
-
-  S* panel(int64_t p) const { return data + p * features * T; }
-
- private:
-  static constexpr int64_t kStripe = 16;
-};
-
-template <class S>
-void forward(const Tensor& x, const S* values, const S* bias, const Weight& weight, Tensor& y) {
-  constexpr int T = kPanel<S>;
-  const Panels<S> panels(read<S>(x), weight.columns.lines * weight.c, x);
-  const Activation<S> to = written<S>(y);
+template <class S, int V>
+void forward(const Activation<const S>& x, const S* values, const S* bias, const Weight& weight,
+             const Activation<S>& y) {
+  constexpr int T = V * kLanes<S>;
+  const Panels<S, T> panels(x, weight.columns.lines * weight.c);
   const BlockShape block = weight.forward();
   const Entries& rows = weight.rows;
-  const int64_t cost = total_cost(rows), work = cost * panels.count;
-  in_shares(work * block.size() * 4, [&](int64_t i, int64_t n) {
+  const int64_t cost = total_cost(rows), work = cost * panels.count();
+  in_shares(work * block.size() * V, [&](int64_t i, int64_t n) {
     const int64_t begin = work * i / n, end = work * (i + 1) / n;
-    for (int64_t p = begin / std::max<int64_t>(cost, 1); p < panels.count && p * cost < end; ++p) {
-      const int64_t last = line_at(rows, std::min(end - p * cost, cost));
-      const S* panel = panels.panel(p);
+    for (int64_t p = begin / cost; p * cost < end; ++p) {
+      const S* panel = panels[p];
       const auto source = [&](int64_t k) { return panel + int64_t(rows.other[k]) * block.ins * T; };
+      const int64_t last = line_at(rows, std::min(end - p * cost, cost));
       for (int64_t row = line_at(rows, begin - p * cost); row < last; ++row) {
         const int64_t o = row * weight.r;
-        multiply_line<S>(
+        multiply_line<S, V>(
             rows, row, values, block, T, source,
             [&](int64_t out) { return bias && o + out < weight.out ? bias[o + out] : S(0); },
             [&](int64_t out, const Vec<S>* sums) {
-              if (o + out < weight.out) write_row<S, T>(to, p * T, o + out, sums);
+              if (o + out < weight.out) write_row<S, T>(y, p * T, o + out, sums);
             });
       }
     }
   });
 }
 
-// What a backward pass asks for; null: not wanted.
+// Gradients that a backward pass asks for; null data: not wanted.
 template <class S>
 struct Gradients {
-  Tensor* dx;
+  Activation<S> dx;
   S* dvalues;
   S* dbias;
 };
 
-// One thread's share of the backward pass: block columns [begin, end) of all panels.
-template <class S>
+// One thread's share of the backward pass: block columns [begin, end), and the biases of features [f0, f1).
+template <class S, int V>
 class ColumnShare {
-  static constexpr int T = kPanel<S>;
-  static constexpr int V = T / kLanes<S>;
+  static constexpr int T = V * kLanes<S>;
 
  public:
-  ColumnShare(const Panels<S>& dy, const Activation<const S>& x, const Activation<S>& dx, const S* values,
-              const Weight& weight, const Gradients<S>& wanted, S* dots)
-      : dy_(dy), x_(x), dx_(dx), values_(values), weight_(weight), wanted_(wanted), dots_(dots) {}
+  ColumnShare(const Panels<S, T>& dy, const Activation<const S>& x, const S* values, const Weight& weight,
+              const Gradients<S>& wanted, S* dots)
+      : dy_panels_(dy), x_(x), values_(values), weight_(weight), wanted_(wanted), dots_(dots) {}
 
-  void run(int64_t begin, int64_t end) {
+  void run(int64_t begin, int64_t end, int64_t f0, int64_t f1) {
     // x is packed a few columns ahead: a transpose takes a vector of them at once
     const int64_t ahead = std::max<int64_t>(1, kLanes<S> / weight_.c);
     std::vector<S> x_rows(wanted_.dvalues ? ahead * weight_.c * T : 0);
     const Entries& columns = weight_.columns;
-    for (int64_t p = 0; p < dy_.count; ++p) {
+    for (int64_t p = 0; p < dy_panels_.count(); ++p) {
+      dy_ = dy_panels_[p];
+      if (wanted_.dbias) bias_gradient(f0, f1, p > 0);
+      if (!wanted_.dx.data && !wanted_.dvalues) continue;
       DotProducts<S> dots(dots_ ? dots_ + columns.ptr[begin] : nullptr, p > 0);
       for (int64_t first = begin; first < end; first += ahead) {
         const int64_t last = std::min(first + ahead, end);
@@ -167,70 +148,87 @@ class ColumnShare {
   }
 
  private:
+  void bias_gradient(int64_t f0, int64_t f1, bool add) {
+    DotProducts<S> sums(wanted_.dbias + f0, add);
+    for (int64_t f = f0; f < f1; ++f) {
+      Vec<S> sum = {};
+      for (int v = 0; v < V; ++v) sum += load(dy_ + f * T + v * kLanes<S>);
+      sums.push(sum);
+    }
+    sums.finish();
+  }
+
   void pack_x(int64_t p, int64_t f0, int64_t f1, S* to) {
     const int64_t real = std::min(f1, weight_.in);
     pack<S, T>(x_, p * T, f0, real, to - f0 * T);
     std::memset(to + (real - f0) * T, 0, (f1 - real) * T * sizeof(S));
   }
 
-  const S* dy_rows(int64_t p, int64_t k) const {
-    return dy_.panel(p) + int64_t(weight_.columns.other[k]) * weight_.r * T;
-  }
+  const S* dy_rows(int64_t k) const { return dy_ + int64_t(weight_.columns.other[k]) * weight_.r * T; }
 
   void single(int64_t p, int64_t column, const S* x_row, DotProducts<S>& dots) {
-    const auto source = [&](int64_t k) { return dy_rows(p, k); };
-    if (!wanted_.dvalues) return multiply(p, column, source);
+    if (!wanted_.dvalues) return multiply(p, column);
+    const auto source = [&](int64_t k) { return dy_rows(k); };
     Vec<S> x[V], dx[V];
     for (int v = 0; v < V; ++v) x[v] = load(x_row + v * kLanes<S>);
-    if (!wanted_.dx) return column_gradients<S, false>(weight_.columns, column, values_, x, dx, dots, source);
-    column_gradients<S, true>(weight_.columns, column, values_, x, dx, dots, source);
-    write_row<S, T>(dx_, p * T, column, dx);
+    if (!wanted_.dx.data) return column_gradients<S, V, false>(weight_.columns, column, values_, x, dx, dots, source);
+    column_gradients<S, V, true>(weight_.columns, column, values_, x, dx, dots, source);
+    write_row<S, T>(wanted_.dx, p * T, column, dx);
   }
 
   void block(int64_t p, int64_t column, const S* x) {
-    const auto source = [&](int64_t k) { return dy_rows(p, k); };
-    if (wanted_.dx) multiply(p, column, source);
+    if (wanted_.dx.data) multiply(p, column);
     if (!wanted_.dvalues) return;
     const Entries& columns = weight_.columns;
     for (int64_t k = columns.ptr[column]; k < columns.ptr[column + 1]; ++k)
-      block_gradient<S>(source(k), weight_.r, x, weight_.c, T,
-                        wanted_.dvalues + columns.position[k] * weight_.r * weight_.c, p > 0);
+      block_gradient<S, V>(dy_rows(k), weight_.r, x, weight_.c, T,
+                           wanted_.dvalues + columns.position[k] * weight_.r * weight_.c, p > 0);
   }
 
-  template <class Source>
-  void multiply(int64_t p, int64_t column, const Source& source) {
+  void multiply(int64_t p, int64_t column) {
     const int64_t f = column * weight_.c;
-    multiply_line<S>(
-        weight_.columns, column, values_, weight_.transposed(), T, source, [](int64_t) { return S(0); },
+    multiply_line<S, V>(
+        weight_.columns, column, values_, weight_.transposed(), T, [&](int64_t k) { return dy_rows(k); },
+        [](int64_t) { return S(0); },
         [&](int64_t out, const Vec<S>* sums) {
-          if (f + out < weight_.in) write_row<S, T>(dx_, p * T, f + out, sums);
+          if (f + out < weight_.in) write_row<S, T>(wanted_.dx, p * T, f + out, sums);
         });
   }
 
-  const Panels<S>& dy_;
+  const Panels<S, T>& dy_panels_;
   const Activation<const S>& x_;
-  const Activation<S>& dx_;
   const S* values_;
   const Weight& weight_;
   const Gradients<S>& wanted_;
   S* dots_;
+  const S* dy_ = nullptr;
 };
 
-template <class S>
-void backward(const Tensor& dy, const Tensor& x, const S* values, const Weight& weight, const Gradients<S>& wanted) {
-  const Activation<const S> from = read<S>(dy);
-  const Panels<S> panels(from, weight.rows.lines * weight.r, dy);
-  if (!wanted.dx && !wanted.dvalues) return;
-  const Activation<const S> x_from = wanted.dvalues ? read<S>(x) : Activation<const S>{};
-  const Activation<S> dx_to = wanted.dx ? written<S>(*wanted.dx) : Activation<S>{};
-  const bool single = weight.r * weight.c == 1;
-  Tensor dots;
-  if (wanted.dvalues && single) dots = at::empty({weight.nnz()}, dy.options());
-  S* dots_data = dots.defined() ? dots.mutable_data_ptr<S>() : nullptr;
+template <class S, int V>
+void backward(const Activation<const S>& dy, const Activation<const S>& x, const S* values, const Weight& weight,
+              const Gradients<S>& wanted) {
+  const Panels<S, V * kLanes<S>> panels(dy, weight.rows.lines * weight.r);
+  std::vector<S> dots(wanted.dvalues && weight.r * weight.c == 1 ? weight.nnz() : 0);
   const int64_t cost = total_cost(weight.columns);
-  in_shares(cost * panels.count * weight.r * weight.c * 8, [&](int64_t i, int64_t n) {
-    ColumnShare<S>(panels, x_from, dx_to, values, weight, wanted, dots_data)
-        .run(line_at(weight.columns, cost * i / n), line_at(weight.columns, cost * (i + 1) / n));
+  in_shares(cost * panels.count() * weight.r * weight.c * V * 2, [&](int64_t i, int64_t n) {
+    ColumnShare<S, V>(panels, x, values, weight, wanted, dots.empty() ? nullptr : dots.data())
+        .run(line_at(weight.columns, cost * i / n), line_at(weight.columns, cost * (i + 1) / n), weight.out * i / n,
+             weight.out * (i + 1) / n);
+  });
+}
+
+// All gradients that are asked for, in one pass over dy. dx: undefined, or to be filled; and so on.
+void backward(const Tensor& dy, const Tensor& x, const Tensor& values, const Weight& weight, Tensor& dx,
+              Tensor& dvalues, Tensor& dbias) {
+  AT_DISPATCH_FLOATING_TYPES(dy.scalar_type(), "lottery_kernels::linear_backward", [&] {
+    using S = scalar_t;
+    const Activation<const S> from = read<S>(dy), x_from = dvalues.defined() ? read<S>(x) : Activation<const S>{};
+    const Gradients<S> wanted{dx.defined() ? written<S>(dx) : Activation<S>{},
+                              dvalues.defined() ? dvalues.mutable_data_ptr<S>() : nullptr,
+                              dbias.defined() ? dbias.mutable_data_ptr<S>() : nullptr};
+    const S* w = dx.defined() ? values.const_data_ptr<S>() : nullptr;
+    if (wide_panels<S>(from.batch, weight.out)) backward<S, 4>(from, x_from, w, weight, wanted);
+    else backward<S, 2>(from, x_from, w, weight, wanted);
   });
 }
 
@@ -256,8 +254,9 @@ Tensor linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>
                 x.scalar_type(), ", got ", b.sizes(), " of ", b.scalar_type());
   Tensor y = empty_activation(x, weight.out);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lottery_kernels::linear", [&] {
-    forward<scalar_t>(x, live.const_data_ptr<scalar_t>(), b.defined() ? b.const_data_ptr<scalar_t>() : nullptr, weight,
-                      y);
+    using S = scalar_t;
+    const auto run = wide_panels<S>(x.size(0), weight.in) ? forward<S, 4> : forward<S, 2>;
+    run(read<S>(x), live.const_data_ptr<S>(), b.defined() ? b.const_data_ptr<S>() : nullptr, weight, written<S>(y));
   });
   return y;
 }
@@ -267,11 +266,8 @@ Tensor linear_dgrad(const Tensor& dy, const Tensor& values, at::TensorList index
     return linear_dgrad(dy.to(at::kFloat), values.to(at::kFloat), index, weight_shape).to(dy.scalar_type());
   const Weight weight(index, weight_shape, values.sizes().slice(1));
   check_input("dy", dy, weight.out, values.scalar_type());
-  const Tensor live = weight.alive_only(values);
-  Tensor dx = empty_activation(dy, weight.in);
-  AT_DISPATCH_FLOATING_TYPES(dy.scalar_type(), "lottery_kernels::linear_dgrad", [&] {
-    backward<scalar_t>(dy, {}, live.const_data_ptr<scalar_t>(), weight, {&dx, nullptr, nullptr});
-  });
+  Tensor dx = empty_activation(dy, weight.in), none;
+  backward(dy, none, weight.alive_only(values), weight, dx, none, none);
   return dx;
 }
 
@@ -284,17 +280,49 @@ Tensor linear_wgrad(const Tensor& dy, const Tensor& x, at::TensorList index, at:
   check_input("x", x, weight.in, x.scalar_type());
   TORCH_CHECK(x.size(0) == dy.size(0), "x and dy must have one batch size, got ", x.size(0), " and ", dy.size(0));
   if (x.size(0) == 0) return at::zeros({weight.nnz(), weight.r, weight.c}, x.options());
-  Tensor dvalues = at::empty({weight.nnz(), weight.r, weight.c}, x.options());
-  AT_DISPATCH_FLOATING_TYPES(dy.scalar_type(), "lottery_kernels::linear_wgrad", [&] {
-    backward<scalar_t>(dy, x, nullptr, weight, {nullptr, dvalues.mutable_data_ptr<scalar_t>(), nullptr});
-  });
+  Tensor dvalues = at::empty({weight.nnz(), weight.r, weight.c}, x.options()), none;
+  backward(dy, x, none, weight, none, dvalues, none);
   return weight.alive_only(dvalues);
+}
+
+// dx, dvalues and dbias in one pass over dy; what `wanted` leaves out comes back with no elements.
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& values,
+                                                   at::TensorList index, at::IntArrayRef weight_shape,
+                                                   std::array<bool, 3> wanted) {
+  if (is_half(dy)) {
+    const auto [dx, dvalues, dbias] =
+        linear_backward(dy.to(at::kFloat), x.to(at::kFloat), values.to(at::kFloat), index, weight_shape, wanted);
+    const auto dtype = dy.scalar_type();
+    return {dx.to(dtype), dvalues.to(dtype), dbias.to(dtype)};
+  }
+  const Weight weight(index, weight_shape, values.sizes().slice(1));
+  check_input("dy", dy, weight.out, values.scalar_type());
+  check_input("x", x, weight.in, values.scalar_type());
+  TORCH_CHECK(x.size(0) == dy.size(0), "x and dy must have one batch size, got ", x.size(0), " and ", dy.size(0));
+  Tensor dx, dvalues, dbias;
+  if (wanted[0]) dx = empty_activation(dy, weight.in);
+  if (wanted[1]) dvalues = at::empty(values.sizes(), values.options());
+  if (wanted[2]) dbias = at::empty({weight.out}, dy.options());
+  if (dy.size(0) == 0) {  // no panel would fill them
+    if (wanted[1]) dvalues.zero_();
+    if (wanted[2]) dbias.zero_();
+  } else {
+    backward(dy, x, wanted[0] ? weight.alive_only(values) : Tensor(), weight, dx, dvalues, dbias);
+  }
+  const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, dy.options()); };
+  return {or_empty(dx), wanted[1] ? weight.alive_only(dvalues) : or_empty(dvalues), or_empty(dbias)};
+}
+
+TORCH_LIBRARY_FRAGMENT(lottery_kernels, m) {
+  m.def("linear_backward(Tensor dy, Tensor x, Tensor values, Tensor[] index, int[] weight_shape, bool[3] wanted)"
+        " -> (Tensor, Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(lottery_kernels, CPU, m) {
   m.impl("linear", &linear);
   m.impl("linear_dgrad", &linear_dgrad);
   m.impl("linear_wgrad", &linear_wgrad);
+  m.impl("linear_backward", &linear_backward);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
-// Activations packed for the inner loops: panels [batch / T, features, T], T batch entries side by side.
+// Activations packed for the inner loops: a panel [features, T] holds T batch entries side by side.
 //
-// Packing makes every row of a panel whole, aligned vectors whatever the strides and the batch size (tails are zero),
+// Each thread packs the panel that it is about to use into a buffer that it keeps, so that the panel is in its cache and
+// no fresh pages are touched. Packing makes every row of a panel whole, aligned vectors whatever the strides and the batch size (tails are zero),
 // keeps rows that are used together together (a leading dimension that is a power of two would fight for few cache
 // sets), and transposes row-major activations on the way.
 #pragma once
@@ -8,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "vector.h"
 
@@ -23,7 +25,7 @@ struct Activation {
 
 // Copies features [f0, f1) of batch entries [n0, n0 + T) to `panel + f * T`; entries past the batch become zero.
 template <class S, int T>
-void pack(const Activation<const S>& x, int64_t n0, int64_t f0, int64_t f1, S* panel) {
+inline void pack(const Activation<const S>& x, int64_t n0, int64_t f0, int64_t f1, S* panel) {
   const int64_t count = std::min<int64_t>(T, x.batch - n0);
   const S* source = x.data + n0 * x.batch_stride;
   if (x.batch_stride == 1) {
@@ -59,7 +61,7 @@ void pack(const Activation<const S>& x, int64_t n0, int64_t f0, int64_t f1, S* p
 
 // Writes T batch entries, starting at n0, of one feature of a batch-innermost activation; those past the batch fall away.
 template <class S, int T>
-void write_row(const Activation<S>& y, int64_t n0, int64_t f, const Vec<S>* row) {
+inline void write_row(const Activation<S>& y, int64_t n0, int64_t f, const Vec<S>* row) {
   S* to = y.data + f * y.feature_stride + n0;
   const int64_t count = std::min<int64_t>(T, y.batch - n0);
   if (count == T) {
@@ -68,5 +70,28 @@ void write_row(const Activation<S>& y, int64_t n0, int64_t f, const Vec<S>* row)
     std::memcpy(to, row, count * sizeof(S));
   }
 }
+
+// The panels of an activation, one at a time, with `padded >= x.features` features: those beyond are zero.
+template <class S, int T>
+class Panels {
+ public:
+  Panels(const Activation<const S>& x, int64_t padded) : x_(x), padded_(padded) {}
+
+  int64_t count() const { return (x_.batch + T - 1) / T; }
+
+  // Valid until the next call in this thread.
+  const S* operator[](int64_t p) const {
+    if (x_.batch_stride == 1 && x_.feature_stride == T && x_.features == padded_ && x_.batch == T) return x_.data;
+    thread_local std::vector<S> buffer;
+    if (int64_t(buffer.size()) < padded_ * T) buffer.resize(padded_ * T);
+    pack<S, T>(x_, p * T, 0, x_.features, buffer.data());
+    std::memset(buffer.data() + x_.features * T, 0, (padded_ - x_.features) * T * sizeof(S));
+    return buffer.data();
+  }
+
+ private:
+  Activation<const S> x_;
+  int64_t padded_;
+};
 
 }  // namespace lottery

@@ -11,10 +11,6 @@
 
 namespace lottery {
 
-// Panel width: four vectors. Their sums are independent, which hides the latency of a multiply-add.
-template <class S>
-constexpr int kPanel = 4 * kLanes<S>;
-
 // A pattern's arrays, seen from the block rows or (transposed) from the block columns.
 struct Entries {
   const int32_t* ptr;       // [lines + 1]: where the entries of a line begin
@@ -68,37 +64,36 @@ inline void multiply(Vec<S> (&sums)[R][V], const Entries& e, int64_t k0, int64_t
   }
 }
 
-// Outputs [out, out + R) of one line, a panel wide: `first(r)` is what a row of sums begins with, `write(r, row)` takes
-// a finished row of T / lanes vectors.
-template <class S, int R, int INS, class Rows, class First, class Write>
+// Outputs [out, out + R) of one line, PANEL vectors wide: `first(r)` is what a row of sums begins with, `write(r, row)`
+// takes a finished row.
+template <class S, int PANEL, int R, int INS, class Rows, class First, class Write>
 inline void multiply_rows(const Entries& e, int64_t line, const S* values, const BlockShape& block, int64_t out,
                           int64_t row_stride, const Rows& rows, const First& first, const Write& write) {
-  constexpr int PANEL = kPanel<S> / kLanes<S>;
-  constexpr int V = R * PANEL > kRegisters / 2 ? std::max(1, kRegisters / 2 / R) : PANEL;
-  constexpr int W = PANEL % V ? 1 : V;
+  constexpr int FIT = kRegisters / 2 / R;  // the rest is for the source and the weights
+  constexpr int V = PANEL <= FIT ? PANEL : FIT >= 4 ? 4 : FIT >= 2 ? 2 : 1;
   Vec<S> done[R][PANEL];
-  for (int tile = 0; tile < PANEL; tile += W) {
-    Vec<S> sums[R][W];
+  for (int tile = 0; tile < PANEL; tile += V) {
+    Vec<S> sums[R][V];
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < W; ++v) sums[r][v] = splat<S>(first(r));
-    multiply<S, R, W, INS>(sums, e, e.ptr[line], e.ptr[line + 1], values, block, out, row_stride,
+      for (int v = 0; v < V; ++v) sums[r][v] = splat<S>(first(r));
+    multiply<S, R, V, INS>(sums, e, e.ptr[line], e.ptr[line + 1], values, block, out, row_stride,
                            [&](int64_t k) { return rows(k) + tile * kLanes<S>; });
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < W; ++v) done[r][tile + v] = sums[r][v];
+      for (int v = 0; v < V; ++v) done[r][tile + v] = sums[r][v];
   }
   for (int r = 0; r < R; ++r) write(r, done[r]);
 }
 
 // All outputs of one line, in register tiles of up to four rows. `first(o)` and `write(o, row)` take an output's number
 // within the block.
-template <class S, class Rows, class First, class Write>
+template <class S, int PANEL, class Rows, class First, class Write>
 inline void multiply_line(const Entries& e, int64_t line, const S* values, const BlockShape& block, int64_t row_stride,
                           const Rows& rows, const First& first, const Write& write) {
   if (block.size() == 1)
-    return multiply_rows<S, 1, 1>(e, line, values, block, 0, row_stride, rows, first, write);
+    return multiply_rows<S, PANEL, 1, 1>(e, line, values, block, 0, row_stride, rows, first, write);
   int64_t out = 0;
   const auto tile = [&]<int R>(std::integral_constant<int, R>) {
-    multiply_rows<S, R, 0>(
+    multiply_rows<S, PANEL, R, 0>(
         e, line, values, block, out, row_stride, rows, [&](int r) { return first(out + r); },
         [&](int r, const Vec<S>* row) { write(out + r, row); });
     out += R;
@@ -145,10 +140,9 @@ class DotProducts {
 
 // One column of an unstructured weight, one panel: dots with x go to `dots`, and where DX the sum of value × dy to dx.
 // Each row of dy is loaded once for both.
-template <class S, bool DX, class Rows>
+template <class S, int V, bool DX, class Rows>
 inline void column_gradients(const Entries& e, int64_t column, const S* values, const Vec<S>* x, Vec<S>* dx,
                              DotProducts<S>& dots, const Rows& rows) {
-  constexpr int V = kPanel<S> / kLanes<S>;
   Vec<S> sums[V] = {}, held[V];
   for (int v = 0; v < V; ++v) held[v] = x[v];
   for (int64_t k = e.ptr[column]; k < e.ptr[column + 1]; ++k) {
@@ -166,19 +160,20 @@ inline void column_gradients(const Entries& e, int64_t column, const S* values, 
     for (int v = 0; v < V; ++v) dx[v] = sums[v];
 }
 
-// Gradient of one block [r, c]: to[i * c + j] = (add: +) dy row i · x row j over a panel, in tiles of one vector of dots.
-template <class S>
+// Gradient of one block [r, c]: to[i * c + j] = (add: +) dy row i · x row j over a panel of V vectors, in tiles of one
+// vector of dots.
+template <class S, int V>
 inline void block_gradient(const S* dy, int64_t r, const S* x, int64_t c, int64_t row_stride, S* to, bool add) {
   constexpr int L = kLanes<S>;
-  constexpr int ROWS = L == 2 ? 2 : L == 4 ? 2 : 4;
+  constexpr int ROWS = L <= 4 ? 2 : 4;
   constexpr int COLS = L / ROWS;
   for (int64_t i = 0; i < r; i += ROWS) {
     for (int64_t j = 0; j < c; j += COLS) {
       const S *a[ROWS], *b[COLS];  // past the block: its last row, whose result is dropped
       for (int m = 0; m < ROWS; ++m) a[m] = dy + std::min(i + m, r - 1) * row_stride;
-      for (int m = 0; m < COLS; ++m) b[m] = x + std::min(j + m, c - 1) * row_stride;
+      for (int n = 0; n < COLS; ++n) b[n] = x + std::min(j + n, c - 1) * row_stride;
       Vec<S> products[L] = {};
-      for (int t = 0; t < kPanel<S>; t += L) {
+      for (int t = 0; t < V * L; t += L) {
         Vec<S> bv[COLS];
         for (int n = 0; n < COLS; ++n) bv[n] = load(b[n] + t);
         for (int m = 0; m < ROWS; ++m) {
@@ -186,12 +181,18 @@ inline void block_gradient(const S* dy, int64_t r, const S* x, int64_t c, int64_
           for (int n = 0; n < COLS; ++n) products[m * COLS + n] += av * bv[n];
         }
       }
-      const Vec<S> sums = sum_each<S>(products);
-      for (int m = 0; m < std::min<int64_t>(ROWS, r - i); ++m)
-        for (int n = 0; n < std::min<int64_t>(COLS, c - j); ++n) {
-          S& value = to[(i + m) * c + j + n];
-          value = sums[m * COLS + n] + (add ? value : S(0));
-        }
+      S tile[L];
+      store(tile, sum_each<S>(products));
+      const int64_t rows = std::min<int64_t>(ROWS, r - i), cols = std::min<int64_t>(COLS, c - j);
+      const auto write = [&](int64_t rows, int64_t cols) {
+        for (int64_t m = 0; m < rows; ++m)
+          for (int64_t n = 0; n < cols; ++n) {
+            S& value = to[(i + m) * c + j + n];
+            value = tile[m * COLS + n] + (add ? value : S(0));
+          }
+      };
+      if (rows == ROWS && cols == COLS) write(ROWS, COLS);
+      else write(rows, cols);
     }
   }
 }
