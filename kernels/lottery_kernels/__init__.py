@@ -1,6 +1,19 @@
-"""Sparse layers that skip what a lottery ticket has pruned: drop-in `SparseLinear` and `SparseConv2d`."""
+"""Sparse layers that skip what a lottery ticket has pruned: drop-in `SparseLinear` and `SparseConv2d`, and `sparsify`,
+which puts them into a whole model where they are faster."""
 
+from .convert import choices, dense_state_dict, densify, sparsify
 from .layers import SparseConv2d, SparseLinear
+from .optimizer_state import dense_optimizer_state_dict, load_dense_optimizer_state_dict
 from .pattern import Pattern
 
-__all__ = ["Pattern", "SparseConv2d", "SparseLinear"]
+__all__ = [
+    "Pattern",
+    "SparseConv2d",
+    "SparseLinear",
+    "choices",
+    "dense_optimizer_state_dict",
+    "dense_state_dict",
+    "densify",
+    "load_dense_optimizer_state_dict",
+    "sparsify",
+]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import config as compiler_config
 
-from . import operators
+from . import masked, operators
 from .pattern import Pattern
 
 # To torch.compile a parameter's shape is static, unless its source is named here; `set_mask` changes that of `values`.
@@ -33,7 +33,7 @@ class SparseLayer(nn.Module):
         weight_shape: Sequence[int],
         bias: bool,
         groups: int,
-        mask: Tensor | None,
+        mask: Tensor | Pattern | None,
         block: tuple[int, int],
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -41,8 +41,10 @@ class SparseLayer(nn.Module):
         super().__init__()
         if mask is None:
             mask = torch.ones(*weight_shape, dtype=torch.bool, device="cpu")
-        _check_mask(mask, weight_shape)
-        pattern = Pattern.from_mask(mask, block, groups)
+        if not isinstance(mask, Pattern):
+            _check_mask(mask, weight_shape)
+            mask = Pattern.from_mask(mask, block, groups)
+        pattern = mask
         values = torch.empty(pattern.nnz, *pattern.block, device=device, dtype=dtype)
         self.values = nn.Parameter(values)
         self.pattern = pattern.to(values.device)
@@ -97,9 +99,15 @@ class SparseLayer(nn.Module):
         Args:
             mask: bool, in the shape of the dense weight.
             optimizer: one that holds `values`.
+
+        Raises:
+            TypeError, ValueError: `mask` is none for this layer, or `optimizer` does not hold `values`.
+            RuntimeError: the layer is inside DistributedDataParallel.
         """
         _check_mask(mask, self.pattern.weight_shape)
-        _refuse_inside_ddp(self.values)
+        if optimizer is not None and not _holds(optimizer, self.values):
+            raise ValueError("optimizer does not hold this layer's values: give the one that trains them, or None")
+        refuse_inside_ddp(self.values)
         old, new = self.pattern, Pattern.from_mask(mask, self.block, self.pattern.groups).to(self.values.device)
         shape = self.values.shape
         state = optimizer.state.get(self.values, {}) if optimizer is not None else {}
@@ -117,6 +125,10 @@ class SparseLayer(nn.Module):
         self.values.data = values
         # A graph that saved the old values must not run on: `.data =` alone would go unnoticed.
         torch.autograd.graph.increment_version(self.values)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.pattern = self.pattern.to(self.values.device)  # a pickled pattern comes back on the CPU
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -141,6 +153,9 @@ class SparseLayer(nn.Module):
     ) -> None:
         """Takes `weight` with or without `weight_mask`, or the `weight_orig` and `weight_mask` of
         `torch.nn.utils.prune`. Without a mask the weight is projected on the mask in force."""
+        arguments = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(*arguments)
         own = {key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(prefix)}
         weight = own.get("weight_orig", own.get("weight"))
         assign = local_metadata.get("assign_to_params_buffers", False)
@@ -174,23 +189,27 @@ class SparseLayer(nn.Module):
         if mask is not None:
             mask = mask if mask.dtype == torch.bool else mask != 0  # prune keeps its masks as floats
             _check_mask(mask, pattern.weight_shape)
-            pattern = Pattern.from_mask(mask, self.block, pattern.groups)
+            if not torch.equal(mask.cpu(), (pattern.on_cpu or pattern).mask):
+                pattern = Pattern.from_mask(mask, self.block, pattern.groups)
+        values = pattern.pack(weight)
         if assign:
-            self.values = nn.Parameter(pattern.pack(weight), self.values.requires_grad)
-            self.pattern = pattern.to(self.values.device)
+            self.values = nn.Parameter(values, self.values.requires_grad)
+            self.pattern = pattern.to(values.device)
+        elif pattern is self.pattern:
+            self.values.grad = None
+            self.values.copy_(values)
         else:
-            _refuse_inside_ddp(self.values)
-            values = pattern.to(weight.device).pack(weight).to(self.values.device, self.values.dtype)
-            self._replace(pattern.to(self.values.device), values)
+            refuse_inside_ddp(self.values)
+            self._replace(pattern.to(self.values.device), values.to(self.values.device, self.values.dtype))
 
+    @torch.no_grad()
     def _adopt(self, dense: nn.Linear | nn.Conv2d) -> Self:
-        """Takes over weight, bias, mode and trainability of a dense layer of the same shape."""
-        with torch.no_grad():
-            self.values.copy_(self.pattern.pack(dense.weight))
-            self.values.requires_grad_(dense.weight.requires_grad)
-            if self.bias is not None and dense.bias is not None:
-                self.bias.copy_(dense.bias)
-                self.bias.requires_grad_(dense.bias.requires_grad)
+        """Makes a layer that was built on the meta device, where nothing is drawn, a copy of a dense one."""
+        leaf = masked.leaf(dense)
+        self.pattern = self.pattern.to(leaf.device)
+        self.values = nn.Parameter(self.pattern.pack(masked.in_force(dense)), leaf.requires_grad)
+        if dense.bias is not None:
+            self.bias = nn.Parameter(dense.bias.clone(), dense.bias.requires_grad)
         return self.train(dense.training)
 
     def _fill(self, dense: Any) -> Any:
@@ -212,7 +231,7 @@ class SparseLinear(SparseLayer):
 
     Args:
         in_features, out_features, bias, device, dtype: as for `nn.Linear`.
-        mask: bool `[out_features, in_features]`, True where a weight remains; None keeps all.
+        mask: bool `[out_features, in_features]`, True where a weight remains, or its pattern; None keeps all.
         block: (rows, cols) of the blocks in which live weights are stored; a finer mask is carried exactly.
     """
 
@@ -224,18 +243,21 @@ class SparseLinear(SparseLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Pattern | None = None,
         block: tuple[int, int] = (1, 1),
     ) -> None:
         super().__init__((out_features, in_features), bias, 1, mask, block, device, dtype)
         self.in_features, self.out_features = in_features, out_features
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, mask: Tensor | None = None, block: tuple[int, int] = (1, 1)) -> Self:
-        """A sparse copy of `linear`; pruned weights are forgotten."""
-        weight, bias = linear.weight, linear.bias is not None
+    def from_dense(
+        cls, linear: nn.Linear, mask: Tensor | Pattern | None = None, block: tuple[int, int] = (1, 1)
+    ) -> Self:
+        """A sparse copy of `linear`; pruned weights are forgotten. Without `mask` it takes what `torch.nn.utils.prune`
+        left, if anything. Draws no random numbers."""
+        mask = masked.prune_mask(linear) if mask is None else mask
         sizes = (linear.in_features, linear.out_features)
-        return cls(*sizes, bias, weight.device, weight.dtype, mask=mask, block=block)._adopt(linear)
+        return cls(*sizes, linear.bias is not None, "meta", mask=mask, block=block)._adopt(linear)
 
     def to_dense(self) -> nn.Linear:
         """A dense copy, pruned weights zero."""
@@ -244,15 +266,12 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features] -> [..., out_features]`."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"input has {x.shape[-1]} features, the layer takes in_features={self.in_features}")
-        pattern = self.pattern
-        if x.dim() == 2:
-            return operators.linear(x, self.values, self.bias, pattern.index, pattern.weight_shape)
-        y = operators.linear(
-            x.reshape(-1, self.in_features), self.values, self.bias, pattern.index, pattern.weight_shape
-        )
-        return y.reshape(*x.shape[:-1], self.out_features)
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"input has shape {tuple(x.shape)}, the layer takes [..., in_features={self.in_features}]")
+        leading = x.shape[:-1]
+        flat = x if x.dim() == 2 else x.reshape(math.prod(leading), self.in_features)
+        y = operators.linear(flat, self.values, self.bias, self.pattern.index, self.pattern.weight_shape)
+        return y if x.dim() == 2 else y.reshape(*leading, self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._sparsity_repr()}"
@@ -265,7 +284,8 @@ class SparseConv2d(SparseLayer):
 
     Args:
         in_channels … padding_mode, device, dtype: as for `nn.Conv2d`.
-        mask: bool `[out_channels, in_channels/groups, kh, kw]`, True where a weight remains; None keeps all.
+        mask: bool `[out_channels, in_channels/groups, kh, kw]`, True where a weight remains, or its
+            pattern; None keeps all.
         block: (rows, cols): output by input channels at one tap, within one group.
     """
 
@@ -283,7 +303,7 @@ class SparseConv2d(SparseLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Pattern | None = None,
         block: tuple[int, int] = (1, 1),
     ) -> None:
         geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -301,10 +321,10 @@ class SparseConv2d(SparseLayer):
         self._padding = (0, 0) if self._pad_first else (left_right[2], left_right[0])
 
     @classmethod
-    def from_dense(cls, conv: nn.Conv2d, mask: Tensor | None = None, block: tuple[int, int] = (1, 1)) -> Self:
-        """A sparse copy of `conv`; pruned weights are forgotten."""
-        like = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-        return cls(**_conv_arguments(conv) | like, mask=mask, block=block)._adopt(conv)
+    def from_dense(cls, conv: nn.Conv2d, mask: Tensor | Pattern | None = None, block: tuple[int, int] = (1, 1)) -> Self:
+        """A sparse copy of `conv`, as `SparseLinear.from_dense`."""
+        mask = masked.prune_mask(conv) if mask is None else mask
+        return cls(**_conv_arguments(conv), device="meta", mask=mask, block=block)._adopt(conv)
 
     def to_dense(self) -> nn.Conv2d:
         """A dense copy, pruned weights zero."""
@@ -338,17 +358,22 @@ def _has_shape(value: object, shape: torch.Size) -> bool:
     return isinstance(value, Tensor) and value.shape == shape
 
 
+def _holds(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
+    return any(held is parameter for group in optimizer.param_groups for held in group["params"])
+
+
 def _check_mask(mask: Tensor, weight_shape: Sequence[int]) -> None:
     if isinstance(mask, Tensor) and tuple(mask.shape) != tuple(weight_shape):
         raise ValueError(f"mask has shape {tuple(mask.shape)}, the weight's is {tuple(weight_shape)}")
 
 
-def _refuse_inside_ddp(values: nn.Parameter) -> None:
+def refuse_inside_ddp(*parameters: nn.Parameter) -> None:
+    """Raises RuntimeError if a DistributedDataParallel anywhere in the process holds one of `parameters`."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     ddp = nn.parallel.DistributedDataParallel
     for owner in [found for found in gc.get_objects() if isinstance(found, ddp)]:
-        if any(parameter is values for parameter in owner.parameters()):
+        if {id(parameter) for parameter in owner.parameters()} & {id(parameter) for parameter in parameters}:
             raise RuntimeError(
                 "a mask cannot be changed inside DistributedDataParallel, whose buckets are laid out for the old "
                 "number of weights: change it on the bare module and wrap that anew"

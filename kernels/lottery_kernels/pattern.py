@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -211,6 +211,11 @@ class Pattern:
         names = ("row_ptr", "col", "t_ptr", "t_row", "t_index") + (("alive",) if source.alive is not None else ())
         moved = {name: getattr(source, name).to(device) for name in names}
         return replace(source, **moved, on_cpu=source)
+
+    def __reduce__(self) -> tuple:
+        """Pickled on the CPU, whatever device it is on: another machine may not have that. Bounds are checked anew."""
+        source = self.on_cpu or self
+        return Pattern, tuple(getattr(source, item.name) for item in fields(Pattern) if item.init)
 
     def __deepcopy__(self, memo: dict) -> Pattern:
         return self  # immutable
