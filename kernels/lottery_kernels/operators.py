@@ -172,21 +172,28 @@ def _backend_serves(name: str, device: str) -> bool:
         from .cpu import build
 
         loaded = build.load()
+    elif device == "cuda":
+        from . import gpu
+
+        loaded = gpu.load()
     else:
         loaded = False
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device, "")
     return loaded and torch._C._dispatch_has_kernel_for_dispatch_key(f"lottery_kernels::{name}", key)
 
 
-def _kernel(name: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    compute = getattr(reference, name)
+def by_reference(name: str) -> Callable[..., Tensor]:
+    """Operator `name` computed by `reference.py`, on any device, in the promised strides."""
+    compute, fake = getattr(reference, name), globals()[f"_{name}_fake"]
+    return lambda *args: fake(*args).copy_(compute(*args))
+
+
+def _kernel(name: str) -> Callable[..., Tensor]:
+    compute = by_reference(name)
     op = getattr(ops, name).default
 
     def kernel(*args: Any) -> Tensor:
-        if _backend_serves(name, args[0].device.type):
-            return op(*args)
-        result = compute(*args)
-        return fake(*args).copy_(result)  # the promised strides
+        return op(*args) if _backend_serves(name, args[0].device.type) else compute(*args)
 
     return kernel
 
@@ -219,7 +226,7 @@ for _name, _setup in {
     "conv2d_wgrad": _setup_gradient,
 }.items():
     _op, _fake = getattr(ops, _name).default, globals()[f"_{_name}_fake"]
-    _library.impl(_name, _kernel(_name, _fake), "CompositeExplicitAutograd")
+    _library.impl(_name, _kernel(_name), "CompositeExplicitAutograd")
     _library.impl(_name, _autocast(_op, "cpu"), "AutocastCPU")
     _library.impl(_name, _autocast(_op, "cuda"), "AutocastCUDA")
     torch.library.register_fake(f"lottery_kernels::{_name}", _fake, lib=_library)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -94,7 +95,8 @@ def unpack(values: Tensor, index: Sequence[Tensor], weight_shape: Sequence[int],
 
 def alive_only(values: Tensor, index: Sequence[Tensor]) -> Tensor:
     """`values` with dead positions set to zero; NaN and infinities there vanish too."""
-    return values.where(index[5], values.new_zeros(())) if len(index) > 5 else values
+    alive = index[-1]
+    return values.where(alive, values.new_zeros(())) if alive.dtype == torch.bool else values
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +107,9 @@ class Pattern:
     nnz live blocks: `row_ptr [R + 1]`, `col [nnz]` (`tap * cols + channel block`), `t_ptr [C + 1]`, `t_row [nnz]`
     (`tap * rows + block row within the group`), `t_index [nnz]`; `alive` is bool `[nnz, r, c]`, or None where every
     position of every live block remains. The module's docstring has a worked example.
+
+    `index` is these arrays as a list, `alive` last and left out if None. On a CUDA device the arrays of `schedule`
+    stand between them.
 
     Make one with `Pattern.from_mask`.
     """
@@ -123,8 +128,8 @@ class Pattern:
     index: list[Tensor] = field(init=False, repr=False)  # the arrays as the operators take them
 
     def __post_init__(self) -> None:
-        arrays = [self.row_ptr, self.col, self.t_ptr, self.t_row, self.t_index]
-        object.__setattr__(self, "index", arrays if self.alive is None else [*arrays, self.alive])
+        cuda = self.device.type == "cuda"
+        object.__setattr__(self, "index", self.scheduled_index if cuda else [*self._arrays, *self._alive])
         if self.on_cpu is None:
             self._check_bounds()
 
@@ -211,6 +216,29 @@ class Pattern:
         names = ("row_ptr", "col", "t_ptr", "t_row", "t_index") + (("alive",) if source.alive is not None else ())
         moved = {name: getattr(source, name).to(device) for name in names}
         return replace(source, **moved, on_cpu=source)
+
+    @cached_property
+    def schedule(self) -> list[Tensor]:
+        """What GPU kernels need besides, int32: `row [nnz]`, the block row of each entry; `row_order [R]` and
+        `column_order [C]`, block rows and block columns by falling number of live blocks."""
+        source = self.on_cpu or self
+        rows, columns = source.row_ptr.diff(), source.t_ptr.diff()
+        row = torch.repeat_interleave(torch.arange(rows.numel(), device="cpu"), rows.long())
+        arrays = [row, rows.argsort(descending=True, stable=True), columns.argsort(descending=True, stable=True)]
+        return [array.int().to(self.device) for array in arrays]
+
+    @property
+    def scheduled_index(self) -> list[Tensor]:
+        """`index` as GPU kernels take it, on any device."""
+        return [*self._arrays, *self.schedule, *self._alive]
+
+    @property
+    def _arrays(self) -> list[Tensor]:
+        return [self.row_ptr, self.col, self.t_ptr, self.t_row, self.t_index]
+
+    @property
+    def _alive(self) -> list[Tensor]:
+        return [] if self.alive is None else [self.alive]
 
     def __reduce__(self) -> tuple:
         """Pickled on the CPU, whatever device it is on: another machine may not have that. Bounds are checked anew."""

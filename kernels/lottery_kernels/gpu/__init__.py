@@ -1,0 +1,74 @@
+"""Triton kernels for CUDA tensors, registered into the operators when one first meets a CUDA tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library: torch.library.Library | None = None
+_off: str | None = None  # why the backend cannot be had
+
+
+def load() -> bool:
+    """Registers the CUDA kernels once; whether they are in place. If not, `why_off` says why."""
+    global _library, _off
+    if _library is None and _off is None:
+        try:
+            launchers = _launchers()
+        except Exception as error:  # triton missing, or broken in whatever way
+            _off = f"triton cannot be imported: {type(error).__name__}: {error}"
+            return False
+        _library = torch.library.Library("lottery_kernels", "IMPL")
+        for name, launcher in launchers.items():
+            _library.impl(name, _kernel(name, launcher), "CUDA")
+    return _library is not None
+
+
+def why_off() -> str | None:
+    """Why no CUDA tensor is served by these kernels on this machine, or None if they are."""
+    if not torch.cuda.is_available():
+        built = "this build of PyTorch has no CUDA" if torch.version.cuda is None else "no CUDA device was found"
+        return f"no GPU: {built}"
+    load()
+    return _off
+
+
+def unsupported(dtype: torch.dtype, block: tuple[int, int]) -> str | None:
+    """Why a layer with values of `dtype` in `block`s runs dense masked on a GPU, or None if its kernels run."""
+    if not load():
+        return _off
+    from . import settings
+
+    target = settings.Target.current() if torch.cuda.is_available() else None
+    return settings.unsupported(dtype, block, target)
+
+
+def _launchers() -> dict[str, Callable[..., torch.Tensor]]:
+    from . import conv, linear
+
+    return {
+        "linear": linear.product,
+        "linear_dgrad": linear.transposed_product,
+        "linear_wgrad": linear.block_gradient,
+        "conv2d": conv.product,
+        "conv2d_dgrad": conv.transposed_product,
+        "conv2d_wgrad": conv.block_gradient,
+    }
+
+
+def _kernel(name: str, launcher: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    from ..operators import by_reference
+    from .settings import unsupported as without_kernel
+
+    reference = by_reference(name)
+    wgrad = name.endswith("wgrad")
+
+    def kernel(*args: Any) -> torch.Tensor:
+        block = args[4] if wgrad else args[1].shape[1:]
+        if without_kernel(args[0].dtype, tuple(block)) is None:
+            return launcher(*args)
+        return reference(*args)
+
+    return kernel

@@ -1,0 +1,124 @@
+"""What the launchers choose: the target, the precision of fp32, tile sizes, warps and pipeline stages.
+
+The tables hold for every target unless one is named. Tests compile each of their rows for the targets that are
+supported and keep what was found (registers, spills, shared memory, instructions) beside them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime import driver
+
+BLOCKS = (16, 32, 64, 128)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU: `cuda` or `hip`, compute capability as 10·major + minor (or gfx name), streaming multiprocessors."""
+
+    backend: str
+    arch: int | str
+    processors: int
+
+    @classmethod
+    def current(cls) -> Target:
+        """The device that Triton would launch on now."""
+        target = driver.active.get_current_target()
+        return cls(target.backend, target.arch, _processors(driver.active.get_current_device(), target.arch))
+
+
+@cache
+def _processors(device: int, arch: int | str) -> int:
+    return driver.active.utils.get_device_properties(device)["multiprocessor_count"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program's share of a launch.
+
+    `rows`: rows of activations, in the sum over the batch (wgrad) those of one step. `cols`: columns of the result
+    within a block. `depth`: the step within a block's inner dimension. `group`: tiles of activations that are worked
+    off together before the next ones, so that both they and the weights stay in the second-level cache.
+    """
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+    group: int = 8
+
+
+def unsupported(dtype: torch.dtype, block: tuple[int, int], target: Target | None = None) -> str | None:
+    """Why these kernels cannot run values of `dtype` in blocks of this size, or None if they can."""
+    if dtype not in DTYPES:
+        return f"dtype {dtype} has no GPU kernel (float16, bfloat16 and float32 have)"
+    if not all(size in BLOCKS for size in block):
+        return f"block {tuple(block)} has no GPU kernel: rows and cols must be one of {BLOCKS}"
+    if target and target.backend == "cuda" and int(target.arch) < 80:
+        return f"compute capability {int(target.arch) / 10} is too old: the GPU kernels need 8.0"
+    return None
+
+
+def precision(dtype: torch.dtype, operator: str, target: Target) -> str:
+    """`input_precision` of a product: for fp32 what torch's own switch says, `matmul` and `conv` apart.
+
+    Only `fp32_precision` is read: once it has been set, reading the older `allow_tf32` raises.
+    """
+    if dtype != torch.float32:
+        return "ieee"  # has no meaning for half types
+    backends: Any = torch.backends  # what mypy knows of it lacks these
+    chosen = (backends.cudnn.conv if operator == "conv" else backends.cuda.matmul).fp32_precision
+    if chosen == "none":
+        chosen = backends.fp32_precision
+    knows_tf32 = target.backend == "cuda" or target.arch == "gfx942"
+    return "tf32" if chosen == "tf32" and knows_tf32 else "ieee"
+
+
+def product_tile(rows: int, cols: int, depth: int, dtype: torch.dtype, precision: str, target: Target) -> Tile:
+    """Forward and dgrad: `rows` activations, blocks that are `depth` deep and give `cols` columns."""
+    tall = max(16, min(128, _power_of_two(rows)))
+    if dtype == torch.float32 and precision == "ieee":  # no tensor cores: the tile lives in registers
+        return Tile(min(tall, 64), min(cols, 64), min(depth, 32), 4, 2)
+    wide = min(cols, 128)
+    step = min(depth, 32 if dtype == torch.float32 else 64)
+    warps = 8 if tall * wide > 128 * 64 else 4
+    stages = 2 if target.backend == "hip" else 3 if step * (tall + wide) * dtype.itemsize > 24576 else 4
+    return Tile(tall, wide, step, warps, stages)
+
+
+def wgrad_tile(block: tuple[int, int], dtype: torch.dtype, precision: str, target: Target) -> Tile:
+    """wgrad: a program sums one block, or a part of it, `rows` activations a step."""
+    if dtype == torch.float32 and precision == "ieee":
+        return Tile(32, min(block[0], 64), min(block[1], 64), 4, 2)
+    high, wide = block
+    warps = 8 if high * wide > 64 * 128 else 4 if high * wide >= 32 * 32 else 2
+    rows = 32 if dtype == torch.float32 else 64
+    stages = 2 if target.backend == "hip" else 3 if rows * (high + wide) * dtype.itemsize > 24576 else 4
+    return Tile(rows, high, wide, warps, stages)
+
+
+def wgrad_split(programs: int, size: int, step: int, target: Target) -> tuple[int, int]:
+    """Cuts the sum over `size` rows, `step` at a time, so that few live blocks still fill the chip.
+
+    `programs` would run without a cut. Returns (rows of a part, parts); a part has at least 4 steps.
+    """
+    steps = -(-size // step)
+    parts = max(1, min(4 * target.processors // programs, steps // 4))
+    part = -(-steps // parts) * step
+    return part, max(1, -(-size // part) if part else 1)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
+
+
+def row_major(x: Tensor) -> Tensor:
+    """`x [N, F]` itself if its rows are contiguous, else a copy."""
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
