@@ -113,13 +113,18 @@ class Driver:
         kernels = files.kernels()
         if kernels is None:
             if stage.branch == TICKET:
-                example = self.task.example(self.task.batches(0, self._seed(stage, "order")))
-                kernels = mask_fastest(self._model(stage, weights), masks, self.layers, self.search.kernels, example)
+                kernels = self._choose_kernels(stage, weights, masks)
             else:
                 kernels = self.run.stage(Stage(stage.replicate, stage.round)).kernels()
                 assert kernels is not None  # the ticket's stage goes before its branches
             files.save_kernels(kernels)
         return mask_as_chosen(model, masks, kernels["layers"]), kernels
+
+    def _choose_kernels(self, stage: Stage, weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Any]:
+        example = None
+        if self.search.kernels == "auto":
+            example = self.task.example(self.task.batches(0, self._seed(stage, "order")))
+        return mask_fastest(self._model(stage, weights), masks, self.layers, self.search.kernels, example)
 
     def _model(self, stage: Stage, weights: Mapping[str, Tensor]) -> nn.Module:
         seed_all(self._seed(stage, "initial"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,9 +62,8 @@ class Ticket:
 class Tickets:
     """What a search found. `tickets[n]` is the ticket of round n; `tickets[0]` is dense, `tickets[-1]` the sparsest."""
 
-    def __init__(self, run: Run, rounds: int, temporary: tempfile.TemporaryDirectory | None = None) -> None:
+    def __init__(self, run: Run, rounds: int) -> None:
         self.run, self._rounds = run, rounds
-        self._temporary = temporary  # lives as long as this object
 
     def __len__(self) -> int:
         return self._rounds + 1
@@ -109,7 +110,7 @@ def find_ticket(
         scheduler: optimizer (or the list of several) → a scheduler or several, stepped every iteration.
         evaluate: model → numbers, called every `eval_every` iterations; `val_loss` decides the early stop.
         example: batch → what the model is called with; the first entry of a tuple unless given. Used by kernels="auto".
-        out: the run's folder; without one, a temporary folder that lives as long as the result.
+        out: the run's folder; without one, a temporary folder that lives as long as what is found.
         resume: continue what `out` holds.
         observer: hears how it goes.
         **search: as in :class:`lth.plan.Search`: rounds, rate, block, rewind, branches, branch_rounds, replicates, seed,
@@ -130,10 +131,18 @@ def find_ticket(
         **({} if example is None else {"example": example}),
     )
     chosen = Search(iterations=iterations, **search)
-    temporary = tempfile.TemporaryDirectory(prefix="lth-") if out is None else None
-    directory = Path(temporary.name if temporary else out)  # type: ignore[arg-type]  # out is no None where temporary is
-    run = run_search(task, chosen, directory, resume=resume, observer=observer or Observer())
-    return Tickets(run, chosen.rounds, temporary)
+    if out is not None:
+        return Tickets(
+            run_search(task, chosen, Path(out), resume=resume, observer=observer or Observer()), chosen.rounds
+        )
+    directory = Path(tempfile.mkdtemp(prefix="lth-"))
+    try:
+        run = run_search(task, chosen, directory, resume=False, observer=observer or Observer())
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    weakref.finalize(run, shutil.rmtree, directory, ignore_errors=True)
+    return Tickets(run, chosen.rounds)
 
 
 def run_search(
