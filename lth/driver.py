@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lth.events import Observer, Plan, PlannedStage
-from lth.masked import DENSE, dense_weights, mask_as_chosen, mask_fastest
+from lth.masked import any_sparse, choose_kernels, dense_weights, densely, mask_as_chosen, unmasked
 from lth.plan import Search
 from lth.prune import Layer, Masks, at_random, by_magnitude, density_of, full_masks
 from lth.seeds import derive, seed_all
@@ -105,26 +105,23 @@ class Driver:
         self, stage: Stage, files: StageFiles, weights: Mapping[str, Tensor], masks: Masks
     ) -> tuple[nn.Module, dict[str, Any]]:
         """The model at its start, and how its masked layers run: as decided before, or as for the ticket, or decided now."""
-        model = self._model(stage, weights)
-        if stage.round == 0:
-            unmasked = {"layers": dict.fromkeys(masks, "dense"), "reason": "nothing is pruned"}
-            files.save_kernels(unmasked)
-            return model, unmasked
         kernels = files.kernels()
         if kernels is None:
-            if stage.branch == TICKET:
-                kernels = self._choose_kernels(stage, weights, masks)
-            else:
-                kernels = self.run.stage(Stage(stage.replicate, stage.round)).kernels()
-                assert kernels is not None  # the ticket's stage goes before its branches
+            kernels = self._choose_kernels(stage, weights, masks)
             files.save_kernels(kernels)
-        return mask_as_chosen(model, masks, kernels["layers"]), kernels
+        return mask_as_chosen(self._model(stage, weights), masks, kernels), kernels
 
     def _choose_kernels(self, stage: Stage, weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Any]:
+        if stage.round == 0:
+            return unmasked(self.layers)
+        if stage.branch != TICKET:
+            ticket = self.run.stage(Stage(stage.replicate, stage.round)).kernels()
+            assert ticket is not None  # its stage goes before its branches
+            return ticket
         example = None
         if self.search.kernels == "auto":
             example = self.task.example(self.task.batches(0, self._seed(stage, "order")))
-        return mask_fastest(self._model(stage, weights), masks, self.layers, self.search.kernels, example)
+        return choose_kernels(self._model(stage, weights), masks, self.layers, self.search.kernels, example)
 
     def _model(self, stage: Stage, weights: Mapping[str, Tensor]) -> nn.Module:
         seed_all(self._seed(stage, "initial"))
@@ -178,17 +175,17 @@ class Driver:
         kernels: Mapping[str, Any],
     ) -> dict[str, Any]:
         sampled = None
-        if planned.stage.branch == TICKET and any(how.startswith("sparse") for how in kernels["layers"].values()):
-            sides = (kernels["layers"], dict.fromkeys(masks, DENSE))
-            sampled = side_by_side(*(self._stepper(planned, weights, masks, choice) for choice in sides))
+        if planned.stage.branch == TICKET and any_sparse(kernels):
+            sides = (self._stepper(planned, weights, masks, side) for side in (kernels, densely(kernels)))
+            sampled = side_by_side(*sides)
         step_ms = 1000 * training.seconds / max(training.steps, 1)
         return {"seconds": training.seconds, "step_ms": step_ms, "sampled": sampled}
 
     def _stepper(
-        self, planned: PlannedStage, weights: Mapping[str, Tensor], masks: Masks, choice: Mapping[str, str]
+        self, planned: PlannedStage, weights: Mapping[str, Tensor], masks: Masks, kernels: Mapping[str, Any]
     ) -> Callable[[], None]:
         """Does a training step of a copy when called."""
-        model = mask_as_chosen(self._model(planned.stage, weights), masks, choice)
+        model = mask_as_chosen(self._model(planned.stage, weights), masks, kernels)
         training = Training.begin(self.task, model, planned.start)
         order_seed = self._seed(planned.stage, "order")
 

@@ -1,4 +1,4 @@
-"""A model that trains under masks: dense masked by PyTorch's own pruning, or sparse; decided once, stored, replayed."""
+"""A model that trains under masks: dense masked, as PyTorch's own pruning does it, or sparse; decided once, then replayed."""
 
 from __future__ import annotations
 
@@ -7,63 +7,51 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils import prune as torch_prune
 
 import lottery_kernels
-from lth.prune import Block, Layer, prunable
+from lth.prune import Block, Layer
 
 DENSE = "dense masked"
+REASONS = {"sparse": "asked for", "dense": "asked for", "auto": "measured"}
 
 
-def mask_densely(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """Masks layers as `torch.nn.utils.prune` does: weight = weight_orig × weight_mask in every forward. This is the baseline."""
-    for name, mask in masks.items():
-        module = prunable(model)[name]
-        torch_prune.custom_from_mask(module, "weight", mask.to(module.weight))
-    return model
+def unmasked(layers: Sequence[Layer]) -> dict[str, Any]:
+    """What kernels.json says of round 0."""
+    return {"layers": {layer.name: "dense" for layer in layers}, "reason": "nothing is pruned", "choices": {}}
 
 
-def mask_fastest(
+def choose_kernels(
     model: nn.Module, masks: Mapping[str, Tensor], layers: Sequence[Layer], kernels: str, example: Any
 ) -> dict[str, Any]:
-    """Masks a plain model as `kernels` asks: dense, sparse, or auto, which measures. Returns the choice, as in kernels.json."""
-    if kernels == "dense":
-        mask_densely(model, masks)
-        return {"layers": dict.fromkeys(masks, DENSE), "reason": "asked for"}
-    for block, group in _by_block(layers).items():
-        chosen = {name: masks[name] for name in group}
-        if kernels == "sparse":
-            lottery_kernels.sparsify(model, chosen, block=block, when="always")
-        else:
-            lottery_kernels.sparsify(model, chosen, block=block, when="faster", example=example)
-    choice = {layer.name: _how(model.get_submodule(layer.name)) for layer in layers}
-    mask_densely(
-        model, {name: masks[name] for name, how in choice.items() if how == DENSE and not _masked(model, name)}
-    )
-    return {"layers": choice, "reason": "asked for" if kernels == "sparse" else "measured"}
+    """Masks a plain model and says how each layer runs, as kernels.json holds it.
+
+    Args:
+        kernels: "dense", "sparse", or "auto", which measures both on the `example` batch.
+    """
+    when: Any = {"auto": "faster", "sparse": "always", "dense": lambda name, layer, mask: False}[kernels]
+    lottery_kernels.sparsify(model, masks, {layer.name: layer.block for layer in layers}, when, example)
+    choices = lottery_kernels.choices(model)
+    return {"layers": {name: _said(choice) for name, choice in choices.items()}, "reason": REASONS[kernels],
+            "choices": choices}  # fmt: skip
 
 
-def mask_as_chosen(model: nn.Module, masks: Mapping[str, Tensor], choice: Mapping[str, str]) -> nn.Module:
-    """Masks a plain model by the "layers" of an earlier choice. Layers without a mask stay as they are."""
-    for name, mask in masks.items():
-        if choice[name] == DENSE:
-            mask_densely(model, {name: mask})
-        else:
-            lottery_kernels.sparsify(model, {name: mask}, block=parse_block(choice[name].split()[-1]), when="always")
-    return model
+def mask_as_chosen(model: nn.Module, masks: Mapping[str, Tensor], kernels: Mapping[str, Any]) -> nn.Module:
+    """Masks a plain model as an earlier choice says; in round 0 nothing is masked."""
+    return lottery_kernels.sparsify(model, masks, when=kernels["choices"]) if kernels["choices"] else model
+
+
+def densely(kernels: Mapping[str, Any]) -> dict[str, Any]:
+    """The same layers, all of them dense masked: what sparse is compared with."""
+    return {"choices": {name: {**choice, "kernel": "dense"} for name, choice in kernels["choices"].items()}}
+
+
+def any_sparse(kernels: Mapping[str, Any]) -> bool:
+    return any(choice["kernel"] == "sparse" for choice in kernels["choices"].values())
 
 
 def dense_weights(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer of a masked model, under a plain model's names, dense; pruned positions are 0."""
-    sparse = any(_how(module) != DENSE for module in model.modules())
-    state = lottery_kernels.dense_state_dict(model) if sparse else model.state_dict()
-    weights = {}
-    for key, value in state.items():
-        if key.endswith("weight_orig"):
-            weights[key.removesuffix("_orig")] = value * state[key.removesuffix("_orig") + "_mask"]
-        elif not (key.endswith("weight_mask") and key.removesuffix("_mask") + "_orig" in state):
-            weights[key] = value
-    return {key: value.detach().cpu().clone() for key, value in weights.items()}
+    return {name: value.detach().cpu().clone() for name, value in lottery_kernels.dense_state_dict(model).items()}
 
 
 def parse_block(text: str) -> Block:
@@ -74,18 +62,5 @@ def parse_block(text: str) -> Block:
     return int(match[1]), int(match[2])
 
 
-def _by_block(layers: Sequence[Layer]) -> dict[Block, list[str]]:
-    groups: dict[Block, list[str]] = {}
-    for layer in layers:
-        groups.setdefault(layer.block, []).append(layer.name)
-    return groups
-
-
-def _how(module: nn.Module) -> str:
-    if isinstance(module, lottery_kernels.SparseLinear | lottery_kernels.SparseConv2d):
-        return "sparse {}x{}".format(*module.block)
-    return DENSE
-
-
-def _masked(model: nn.Module, name: str) -> bool:
-    return torch_prune.is_pruned(model.get_submodule(name))
+def _said(choice: Mapping[str, Any]) -> str:
+    return "sparse {}x{}".format(*choice["block"]) if choice["kernel"] == "sparse" else DENSE

@@ -56,7 +56,7 @@ class Ticket:
     def plant(self, model: nn.Module) -> nn.Module:
         """Loads the weights into a plain model and masks it, sparse or dense as it was trained here. In place."""
         model.load_state_dict(self.weights)
-        return mask_as_chosen(model, {} if self.stage.round == 0 else self.masks, self.result["kernels"]["layers"])
+        return mask_as_chosen(model, self.masks, self.result["kernels"])
 
 
 class Tickets:
