@@ -17,9 +17,11 @@ class Movement:
     """Distances |θ − θ0| at the end of each ticket's training, and how they are spread over the weights.
 
     Attributes:
-        kept: mean distance of the weights that the next pruning leaves (after the last round: of all that remain), by round.
+        kept: mean distance, by round, of the weights that the next pruning leaves; after the last round, of all that
+            remain.
         pruned: mean distance of those that it takes, by round.
-        edges: [BINS + 1] of the histograms, in distance away from zero: negative if a weight shrank towards zero or past it.
+        edges: [BINS + 1] of the histograms, in distance away from zero: negative if a weight moved towards zero or past
+            it.
         survivors: [BINS], weights that remain after the last round, at its end.
         dropped: [BINS], all others, each at the end of the round after which it was pruned.
         outside: share of all these weights that lies outside the edges.

@@ -19,7 +19,7 @@ from lth.results import DENSE_MS, SPARSE_MS, SPEEDUP, Measure, Point, Results
 from lth.store import TICKET
 
 SIZE = (5.8, 4.3)  # inches; with these font sizes a 360-pixel screen still shows 9-pixel letters
-STYLE = {
+STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.titleweight": "bold",
@@ -133,7 +133,7 @@ def step_lines(results: Results) -> list[Line]:
 
 def against_remaining(
     title: str,
-    unit: str,
+    axis: str,
     lines: Sequence[Line],
     *,
     level: float | None = None,
@@ -156,19 +156,21 @@ def against_remaining(
         if level is not None:
             ax.axhline(level, color="#444444", linewidth=1, linestyle=(0, (2, 2)), label=level_label, zorder=1)
         remaining_axis(ax, sorted({round(x, 6) for line in lines for x in line.remaining}, reverse=True))
-        ax.set_ylabel(unit)
+        ax.set_ylabel(axis)
         if floor:
             ax.set_ylim(0, 1.06 * max(high for line in lines for high in line.highs))
         else:
-            cut = _cut(lines, level) if unit == "%" else None
+            cut = _cut(lines, level) if axis.endswith("(%)") else None
             if cut is not None:
                 ax.set_ylim(bottom=cut)
+        if ax.get_ylim()[1] >= 1000:
+            ax.yaxis.set_major_formatter("{x:,.0f}")
         if len(lines) > 1 or level is not None:
             _legend(figure, min(2, len(lines) + (level is not None)))
     return figure
 
 
-def learning_curves(title: str, unit: str, curves: Sequence[Curve], *, rising: bool) -> Figure:
+def learning_curves(title: str, axis: str, curves: Sequence[Curve], *, rising: bool) -> Figure:
     """Curves by density against the iteration; dots mark the early stop. The steep beginning is cut off.
 
     Args:
@@ -184,7 +186,7 @@ def learning_curves(title: str, unit: str, curves: Sequence[Curve], *, rising: b
             if curve.early_stop is not None:
                 ax.plot(curve.early_stop, np.interp(curve.early_stop, x, y), "o", color=shade, markersize=6)
         ax.set_xlabel("iteration")
-        ax.set_ylabel(unit)
+        ax.set_ylabel(axis)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         ax.set_xlim(0, max(curve.iterations[-1] for curve in curves) * 1.01)
@@ -198,20 +200,15 @@ def learning_curves(title: str, unit: str, curves: Sequence[Curve], *, rising: b
 def movement_spread(found: Movement) -> Figure:
     with mpl.rc_context(STYLE):
         figure, ax = _figure("Movement away from zero, weight by weight")
-        pairs = (
-            ("remain after the last round", found.survivors, LOOKS[0]),
-            ("pruned on the way", found.dropped, LOOKS[1]),
-        )
-        for label, counts, look in pairs:
+        groups = (("remain after the last round", found.survivors), ("pruned on the way", found.dropped))
+        for (label, counts), look in zip(groups, LOOKS, strict=False):
             if counts.sum():
-                share = 100 * counts / counts.sum()
-                ax.stairs(share, found.edges, fill=True, color=look["color"], alpha=0.22)
-                ax.stairs(
-                    share, found.edges, color=look["color"], linestyle=look["linestyle"], linewidth=1.5, label=label
-                )
+                color, share = look["color"], 100 * counts / counts.sum()
+                ax.stairs(share, found.edges, fill=True, color=color, alpha=0.22)
+                ax.stairs(share, found.edges, color=color, linestyle=look["linestyle"], linewidth=1.5, label=label)
         ax.axvline(0, color="#444444", linewidth=1, linestyle=(0, (2, 2)))
         ax.set_ylim(bottom=0)
-        ax.set_xlabel("← towards zero      distance from θ0      away from zero →")
+        ax.set_xlabel("← towards zero      distance from θ₀      away from zero →")
         ax.set_ylabel("% of the weights of a group, per bin")
         ax.xaxis.set_major_locator(MaxNLocator(6))
         _legend(figure, 2)
@@ -219,16 +216,18 @@ def movement_spread(found: Movement) -> Figure:
 
 
 def remaining_axis(ax: Axes, densities: Sequence[float]) -> None:
-    """A logarithmic axis of % remaining, 100 at the left; ticks at real densities as far as they fit."""
+    """A logarithmic axis of % remaining, falling to the right; ticks at the first, the last and what fits between."""
     ax.set_xscale("log")
     first, last = densities[0], densities[-1]
     margin = max((first / last) ** 0.03, 1.03)
     ax.set_xlim(first * margin, last / margin)
     apart = max(math.log(first / last) / 9, 1e-9)
-    ticks: list[float] = []
+    ticks = [first]
     for density in densities:
-        if not ticks or math.log(ticks[-1] / density) >= apart:
+        if math.log(ticks[-1] / density) >= apart and (density == last or math.log(density / last) >= apart):
             ticks.append(density)
+    if ticks[-1] != last:
+        ticks.append(last)
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
@@ -255,7 +254,7 @@ def _legend(figure: Figure, columns: int, title: str | None = None) -> None:
 
 
 def _cut(lines: Sequence[Line], level: float | None) -> float | None:
-    """Where an accuracy axis starts, so that a control that collapses does not flatten everything else; None: no cut."""
+    """Where an accuracy axis starts if a control that collapses would flatten everything else, or None."""
     best = max(mean for line in lines for mean in line.means)
     reference = level if level is not None else lines[0].means[0]
     cut = reference - max(8.0, 4 * (best - reference))

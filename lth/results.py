@@ -1,4 +1,4 @@
-"""What a run found, by round and branch over its replicates: the numbers behind every table and plot. Reads no files."""
+"""What a run found, by round and branch over its replicates: the numbers behind tables and plots. Reads no files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lth.store import TICKET
+from lth.store import BRANCHES, TICKET
 
 Result = Mapping[str, Any]  # as in result.json
 
@@ -18,12 +18,8 @@ class Measure:
     """A number of a finished stage; None where the stage has none."""
 
     name: str
-    unit: str
+    axis: str  # what stands beside an axis of it: the unit, or what has none
     of: Callable[[Result], float | None]
-
-    @property
-    def label(self) -> str:
-        return f"{self.name} ({self.unit})" if self.unit else self.name
 
 
 def _at(moment: str, key: str, scale: float = 1.0) -> Callable[[Result], float | None]:
@@ -48,14 +44,14 @@ def _step_ms(result: Result) -> float | None:
     return result["timing"]["step_ms"] or None  # 0 where no step was timed
 
 
-EARLY_ITERATION = Measure("early-stop iteration", "", _at("early_stop", "iteration"))
-EARLY_ACCURACY = Measure("test accuracy at early stop", "%", _at("early_stop", "test_accuracy", 100))
-FINAL_ACCURACY = Measure("test accuracy at the end", "%", _at("final", "test_accuracy", 100))
-GAP = Measure("train minus test accuracy at the end", "points", _gap)
+EARLY_ITERATION = Measure("early-stop iteration", "iteration", _at("early_stop", "iteration"))
+EARLY_ACCURACY = Measure("test accuracy at early stop", "test accuracy (%)", _at("early_stop", "test_accuracy", 100))
+FINAL_ACCURACY = Measure("test accuracy at the end", "test accuracy (%)", _at("final", "test_accuracy", 100))
+GAP = Measure("train minus test accuracy at the end", "percentage points", _gap)
 STEP_MS = Measure("training step as it ran", "ms", _step_ms)
 SPARSE_MS = Measure("step, sparse", "ms", _sampled("sparse_ms"))
 DENSE_MS = Measure("step, dense masked", "ms", _sampled("dense_ms"))
-SPEEDUP = Measure("speed-up of a step over dense masked", "×", _sampled("speedup"))
+SPEEDUP = Measure("speed-up of a step over dense masked", "× dense masked", _sampled("speedup"))
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Difference:
-    """Tickets minus another branch (or the dense network), paired by replicate, with the 95 % interval of Student's t."""
+    """Tickets minus another branch or the dense network, paired by replicate; the 95 % interval of Student's t."""
 
     round: int
     remaining: float
@@ -120,7 +116,7 @@ class Results:
     @property
     def branches(self) -> list[str]:
         """The ticket first."""
-        return sorted({r["branch"] for r in self.all}, key=lambda branch: (branch != TICKET, branch))
+        return sorted({r["branch"] for r in self.all}, key=(TICKET, *BRANCHES).index)
 
     def rounds(self, branch: str = TICKET) -> list[int]:
         return sorted({r["round"] for r in self.all if r["branch"] == branch})
@@ -133,7 +129,7 @@ class Results:
         return [r for replicate in self.replicates if (r := self.get(replicate, number, branch)) is not None]
 
     def remaining(self, number: int, branch: str = TICKET) -> float:
-        """% of the prunable weights that remain; blocks at a weight's edge make replicates differ a little, so the mean."""
+        """% of the prunable weights that remain; a mean, as blocks at a weight's edge make replicates differ."""
         return 100 * statistics.fmean(r["density"] for r in self.at(number, branch))
 
     def point(self, measure: Measure, number: int, branch: str = TICKET) -> Point | None:
@@ -155,9 +151,8 @@ class Results:
             against = self.point(measure, 0) if other is None else self.point(measure, point.round, other)
             if against is None or point.round == 0:
                 continue
-            deltas = [
-                v - against.values[replicate] for replicate, v in point.values.items() if replicate in against.values
-            ]
+            both = point.values.keys() & against.values.keys()
+            deltas = [point.values[replicate] - against.values[replicate] for replicate in sorted(both)]
             if len(deltas) >= 2:
                 mean, half = paired_interval(deltas)
                 found.append(Difference(point.round, point.remaining, len(deltas), mean, mean - half, mean + half))

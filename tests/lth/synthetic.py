@@ -149,10 +149,8 @@ def _evaluations(stage: Stage, density: float, test_set: bool) -> list[dict[str,
     generator = torch.Generator().manual_seed(7919 * stage.replicate + 31 * stage.round + len(stage.branch))
     pruned = -math.log(density)  # 0 dense, 3 at 5 %
     if stage.branch == TICKET:
-        stop, best = (
-            900 / (1 + 0.5 * pruned) + 60 * max(0.0, pruned - 2.5) ** 2,
-            0.960 + 0.004 * pruned - 0.0016 * pruned**2,
-        )
+        stop = 900 / (1 + 0.5 * pruned) + 60 * max(0.0, pruned - 2.5) ** 2
+        best = 0.960 + 0.004 * pruned - 0.0016 * pruned**2
     else:
         harm = {"reinit": 1.0, "random": 1.3, "oneshot": 0.3}[stage.branch]
         stop, best = 900 + 250 * harm * pruned, 0.960 - 0.006 * harm * pruned
