@@ -84,7 +84,7 @@ void forward(const Activation<const S>& x, const S* values, const S* bias, const
   const Panels<S, T> panels(x, weight.columns.lines * weight.c);
   const BlockShape block = weight.forward();
   const Entries& rows = weight.rows;
-  const int64_t cost = total_cost(rows), work = cost * panels.count();
+  const int64_t cost = std::max<int64_t>(1, total_cost(rows)), work = cost * panels.count();
   in_shares(work * block.size() * V, [&](int64_t i, int64_t n) {
     const int64_t begin = work * i / n, end = work * (i + 1) / n;
     for (int64_t p = begin / cost; p * cost < end; ++p) {
@@ -313,10 +313,23 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
   return {or_empty(dx), wanted[1] ? weight.alive_only(dvalues) : or_empty(dvalues), or_empty(dbias)};
 }
 
+// Shapes and strides of linear_backward, for torch.compile; the batch and the number of blocks may be symbolic.
+std::tuple<Tensor, Tensor, Tensor> linear_backward_meta(const Tensor& dy, const Tensor&, const Tensor& values,
+                                                        at::TensorList, at::IntArrayRef weight_shape,
+                                                        std::array<bool, 3> wanted) {
+  const c10::SymInt batch = dy.sym_size(0);
+  const auto none = [&] { return at::empty({0}, dy.options()); };
+  return {wanted[0] ? at::empty_strided_symint({batch, weight_shape[1]}, {1, batch}, dy.options()) : none(),
+          wanted[1] ? at::empty_symint(values.sym_sizes(), values.options()) : none(),
+          wanted[2] ? at::empty({weight_shape[0]}, dy.options()) : none()};
+}
+
 TORCH_LIBRARY_FRAGMENT(lottery_kernels, m) {
   m.def("linear_backward(Tensor dy, Tensor x, Tensor values, Tensor[] index, int[] weight_shape, bool[3] wanted)"
         " -> (Tensor, Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
 }
+
+TORCH_LIBRARY_IMPL(lottery_kernels, Meta, m) { m.impl("linear_backward", &linear_backward_meta); }
 
 TORCH_LIBRARY_IMPL(lottery_kernels, CPU, m) {
   m.impl("linear", &linear);

@@ -57,7 +57,7 @@ inline void multiply(Vec<S> (&sums)[R][V], const Entries& e, int64_t k0, int64_t
     const S* source = rows(k);
     for (int64_t i = 0; i < ins; ++i, w += block.in_stride, source += row_stride) {
       Vec<S> x[V];
-      for (int v = 0; v < V; ++v) x[v] = load(source + v * kLanes<S>);
+      for (int v = 0; v < V; ++v) x[v] = R > 1 ? load_once(source + v * kLanes<S>) : load(source + v * kLanes<S>);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) sums[r][v] += w[r * block.out_stride] * x[v];
     }
@@ -150,7 +150,7 @@ inline void column_gradients(const Entries& e, int64_t column, const S* values, 
     Vec<S> products = {};
     const S w = DX ? values[e.at(k)] : S(0);
     for (int v = 0; v < V; ++v) {
-      const Vec<S> g = load(dy + v * kLanes<S>);
+      const Vec<S> g = DX ? load_once(dy + v * kLanes<S>) : load(dy + v * kLanes<S>);
       products += g * held[v];
       if (DX) sums[v] += w * g;
     }
@@ -175,9 +175,9 @@ inline void block_gradient(const S* dy, int64_t r, const S* x, int64_t c, int64_
       Vec<S> products[L] = {};
       for (int t = 0; t < V * L; t += L) {
         Vec<S> bv[COLS];
-        for (int n = 0; n < COLS; ++n) bv[n] = load(b[n] + t);
+        for (int n = 0; n < COLS; ++n) bv[n] = load_once(b[n] + t);
         for (int m = 0; m < ROWS; ++m) {
-          const Vec<S> av = load(a[m] + t);
+          const Vec<S> av = load_once(a[m] + t);
           for (int n = 0; n < COLS; ++n) products[m * COLS + n] += av * bv[n];
         }
       }

@@ -49,6 +49,18 @@ inline Vec<S> splat(S s) {
   return Vec<S>{} + s;
 }
 
+// A value loaded here stays in its register: compilers fold a load into each of its uses, but loads are what is scarce.
+template <class S>
+inline Vec<S> load_once(const S* p) {
+  Vec<S> v = load(p);
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 template <class S, int HALF, int... I>
 inline Vec<S> interleave_half(Vec<S> a, Vec<S> b, std::integer_sequence<int, I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
