@@ -183,6 +183,8 @@ class SparseLayer(nn.Module):
 
     @torch.no_grad()
     def _load_weight(self, weight: Tensor, mask: Tensor | None, assign: bool) -> None:
+        if not (isinstance(weight, Tensor) and isinstance(mask, Tensor | None)):
+            raise TypeError(f"tensors needed, got {type(weight).__name__} and for the mask {type(mask).__name__}")
         if tuple(weight.shape) != self.pattern.weight_shape:
             raise ValueError(f"shape {tuple(weight.shape)} given, {self.pattern.weight_shape} needed")
         pattern = self.pattern
@@ -372,7 +374,7 @@ def refuse_inside_ddp(*parameters: nn.Parameter) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     ddp = nn.parallel.DistributedDataParallel
-    for owner in [found for found in gc.get_objects() if isinstance(found, ddp)]:
+    for owner in [found for found in gc.get_objects() if issubclass(type(found), ddp)]:  # proxies would be looked into
         if {id(parameter) for parameter in owner.parameters()} & {id(parameter) for parameter in parameters}:
             raise RuntimeError(
                 "a mask cannot be changed inside DistributedDataParallel, whose buckets are laid out for the old "

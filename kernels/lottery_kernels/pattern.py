@@ -23,7 +23,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -146,7 +148,7 @@ class Pattern:
             TypeError: `mask` is no bool tensor, or `block` no pair of integers.
             ValueError: a shape, block or group count that does not fit, a mask on the meta device.
         """
-        _check_arguments(mask, block, groups)
+        block = _check_arguments(mask, block, groups)
         grid = Grid.of(mask.shape, block, groups)
         blocks = grid.split(mask.detach().cpu())
         alive = blocks.flatten(-2).any(-1)  # [groups, rows, taps, cols]
@@ -241,9 +243,10 @@ class Pattern:
         return [] if self.alive is None else [self.alive]
 
     def __reduce__(self) -> tuple:
-        """Pickled on the CPU, whatever device it is on: another machine may not have that. Bounds are checked anew."""
+        """As NumPy arrays: `torch.load` moves tensors to where it is told, but this must come back on the CPU."""
         source = self.on_cpu or self
-        return Pattern, tuple(getattr(source, item.name) for item in fields(Pattern) if item.init)
+        kept = {item.name: getattr(source, item.name) for item in fields(Pattern) if item.init}
+        return _unpickled, ({key: kept[key].numpy() if isinstance(kept[key], Tensor) else kept[key] for key in kept},)
 
     def __deepcopy__(self, memo: dict) -> Pattern:
         return self  # immutable
@@ -265,6 +268,11 @@ class Pattern:
                     f"{name} does not fit a pattern of {self.nnz} blocks {self.block} in a weight of "
                     f"shape {self.weight_shape}"
                 )
+
+
+def _unpickled(kept: dict[str, Any]) -> Pattern:
+    arrays = {key: torch.from_numpy(value) for key, value in kept.items() if isinstance(value, np.ndarray)}
+    return Pattern(**(kept | arrays))  # bounds are checked anew
 
 
 def _pointers(row: Tensor, rows: int) -> Tensor:
@@ -297,7 +305,7 @@ def check_block(block: object) -> tuple[int, int]:
     return (block[0], block[1])
 
 
-def _check_arguments(mask: Tensor, block: object, groups: int) -> None:
+def _check_arguments(mask: Tensor, block: object, groups: int) -> tuple[int, int]:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor, True where a weight remains, got {given}")
@@ -305,6 +313,6 @@ def _check_arguments(mask: Tensor, block: object, groups: int) -> None:
         raise ValueError(f"mask must be [out, in] or [out, in/groups, kh, kw], got shape {tuple(mask.shape)}")
     if mask.is_meta:
         raise ValueError("mask is on the meta device and has no data: a pattern needs to know what remains")
-    check_block(block)
     if type(groups) is not int or groups < 1 or mask.shape[0] % groups:
         raise ValueError(f"groups must be a positive integer that divides the {mask.shape[0]} outputs, got {groups!r}")
+    return check_block(block)
