@@ -70,14 +70,19 @@ def of_learning(results: Results, evaluations: Evaluations) -> list[Picture]:
     judged = "test_accuracy" if "test_accuracy" in known else "val_accuracy"
     caption = "Means over replicates; a dot" if len(results.replicates) > 1 else "One replicate; a dot"
     caption += " at the early-stop iteration. The axis is cut to where the curves settle."
+    chosen = plots.chosen_rounds(results.rounds())
+    places = {number: i / max(len(chosen) - 1, 1) for i, number in enumerate(chosen)}
     found = []
     for branch in results.branches:
-        rounds = [n for n in plots.chosen_rounds(results.rounds()) if n == 0 or results.at(n, branch)]
         for key, axis in (
             (judged, f"{'test' if judged[0] == 't' else 'validation'} accuracy (%)"),
             ("val_loss", "validation loss"),
         ):
-            curves = [c for n in rounds if (c := _curve(results, evaluations, branch if n else TICKET, n, key))]
+            curves = [
+                curve
+                for number, place in places.items()
+                if (curve := _curve(results, evaluations, branch if number else TICKET, number, key, place))
+            ]
             if curves:
                 title = f"{capitalised(axis.removesuffix(' (%)'))}: {plots.BRANCH_NAMES[branch]}"
                 figure = plots.learning_curves(title, axis, curves, rising=key == judged)
@@ -99,7 +104,7 @@ def of_time(results: Results) -> list[Picture]:
     return [picture for picture in found if picture]
 
 
-def of_movement(moved: Movement) -> list[Picture]:
+def of_movement(moved: Movement, results: Results) -> list[Picture]:
     groups = (("kept by the next pruning", moved.kept), ("pruned next", moved.pruned))
     lines = [
         plots.Line.of(label, look, points) for (label, points), look in zip(groups, plots.LOOKS, strict=False) if points
@@ -113,7 +118,7 @@ def of_movement(moved: Movement) -> list[Picture]:
         f"pruned. {100 * moved.outside:.1f} % of the weights lie outside the axis."
     )
     found = [
-        _drawn("movement", title, "mean |θ − θ₀|", lines, caption),
+        _drawn("movement", title, "mean |θ − θ₀|", lines, caption + bars(results)),
         Picture("movement-spread", "Movement away from zero", spread, plots.to_png(plots.movement_spread(moved))),
     ]
     return [picture for picture in found if picture]
@@ -142,7 +147,9 @@ def _speedup(name: str, lines: Sequence[plots.Line], caption: str = "") -> Pictu
     return _drawn(name, title, "× dense masked", lines, caption, level=1, level_label="dense masked")
 
 
-def _curve(results: Results, evaluations: Evaluations, branch: str, number: int, key: str) -> plots.Curve | None:
+def _curve(
+    results: Results, evaluations: Evaluations, branch: str, number: int, key: str, place: float
+) -> plots.Curve | None:
     """The mean over replicates at the iterations that all of them have; accuracies in %."""
     scale = 100 if key.endswith("accuracy") else 1
     by_iteration: dict[int, list[float]] = {}
@@ -152,6 +159,8 @@ def _curve(results: Results, evaluations: Evaluations, branch: str, number: int,
             if key in record:
                 by_iteration.setdefault(record["iteration"], []).append(scale * record[key])
     means = {i: statistics.fmean(values) for i, values in sorted(by_iteration.items()) if len(values) == len(found)}
+    if not means:
+        return None
     stop = results.point(EARLY_ITERATION, number, branch)
     remaining = results.remaining(number, branch)
-    return plots.Curve(remaining, list(means), list(means.values()), stop.mean if stop else None) if means else None
+    return plots.Curve(place, remaining, list(means), list(means.values()), stop.mean if stop else None)

@@ -50,7 +50,8 @@ BRANCH_NAMES = {
     "random": "random mask",
     "oneshot": "one-shot pruning",
 }
-MOST_CURVES = 6
+DASHES = ("-", (0, (6, 2)), (0, (2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (1, 1)), (0, (9, 2, 2, 2)))  # of curves
+MOST_CURVES = len(DASHES)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Line:
 class Curve:
     """A learning curve, the mean over replicates, with the point of early stopping."""
 
+    place: float  # among the densities shown, 0 the densest, 1 the sparsest: equal densities look equal in all pictures
     remaining: float
     iterations: Sequence[int]
     values: Sequence[float]
@@ -178,9 +180,9 @@ def learning_curves(title: str, axis: str, curves: Sequence[Curve], *, rising: b
     """
     with mpl.rc_context(STYLE):
         figure, ax = _figure(title)
-        shades = mpl.colormaps["viridis"](np.linspace(0.05, 0.88, max(len(curves), 2)))
-        dashes = ("-", (0, (6, 2)), (0, (2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (1, 1)), (0, (9, 2, 2, 2)))
-        for curve, shade, dash in zip(curves, shades, dashes, strict=False):
+        for curve in curves:
+            shade = mpl.colormaps["viridis"](0.05 + 0.83 * curve.place)
+            dash = DASHES[round(curve.place * (len(DASHES) - 1))]
             x, y = np.array(curve.iterations), np.array(curve.values)
             ax.plot(x, y, color=shade, linestyle=dash, linewidth=1.6, label=f"{curve.remaining:.3g} %")
             if curve.early_stop is not None:

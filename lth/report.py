@@ -123,7 +123,7 @@ def _section(one: Read, prefix: str) -> dict[str, Any]:
         "Accuracy and early stopping": pictures.of_accuracy(results),
         "Learning curves": pictures.of_learning(results, one.evaluations),
         "Time": pictures.of_time(results),
-        "Movement from θ₀": pictures.of_movement(one.moved),
+        "Movement from θ₀": pictures.of_movement(one.moved, results),
     }
     return {
         "label": one.label,

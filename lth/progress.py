@@ -1,0 +1,272 @@
+"""Shows a run while it goes: live on a terminal, in plain lines elsewhere; and the table of what it found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from lth.events import Observer, Plan, PlannedStage
+from lth.findings import saved_sentence
+from lth.results import (
+    DENSE_MS,
+    EARLY_ACCURACY,
+    EARLY_ITERATION,
+    FINAL_ACCURACY,
+    GAP,
+    SPARSE_MS,
+    SPEEDUP,
+    STEP_MS,
+    Measure,
+    Result,
+    Results,
+    duration,
+)
+from lth.store import TICKET, Run, Stage
+
+REFRESH = 0.5  # seconds between two drawings on a terminal
+LINE = 10.0  # seconds between two lines elsewhere
+SHORT = {TICKET: "", "reinit": "reinit", "random": "random", "oneshot": "one-shot"}
+COLUMNS: Mapping[str, tuple[Measure, str]] = {
+    "early\nstop at": (EARLY_ITERATION, "{:,.0f}"),
+    "test %\nthere": (EARLY_ACCURACY, "{:.2f}"),
+    "test %\nat end": (FINAL_ACCURACY, "{:.2f}"),
+    "train\n− test": (GAP, "{:.2f}"),
+    "ms/step\nas run": (STEP_MS, "{:.3f}"),
+    "sampled\nsparse": (SPARSE_MS, "{:.3f}"),
+    "dense\nmasked": (DENSE_MS, "{:.3f}"),
+    "speed\n-up": (SPEEDUP, "{:.2f}×"),
+}
+
+
+class TimeLeft:
+    """How long a plan still takes, by the time that iterations took, evaluations included.
+
+    A stage goes by the same round and branch of another replicate, or by the same round, or by the last one measured.
+    """
+
+    def __init__(self, plan: Plan, finished: Mapping[Stage, Result]) -> None:
+        self._waiting = {planned.stage: planned for planned in plan.stages if planned.stage not in finished}
+        self._measured: dict[tuple[int, str], float] = {}  # seconds an iteration
+        self._last: float | None = None
+        for stage, result in finished.items():
+            self._note(stage, result["timing"]["step_ms"] / 1000)
+
+    def stage_finished(self, stage: Stage, seconds: float, iterations: int) -> None:
+        self._waiting.pop(stage, None)
+        if iterations:
+            self._note(stage, seconds / iterations)
+
+    def seconds(self, running: Stage, iteration: int, rate: float | None) -> float | None:
+        """From `iteration` of a stage whose iterations take `rate` seconds so far; None while nothing is measured."""
+        total = 0.0
+        for stage, planned in self._waiting.items():
+            measured = self._expected(stage)
+            expected = rate or measured if stage == running else measured or rate
+            if expected is None:
+                return None
+            total += expected * (planned.iterations - (iteration if stage == running else planned.start))
+        return total
+
+    def _expected(self, stage: Stage) -> float | None:
+        same_round = self._measured.get((stage.round, stage.branch)) or self._measured.get((stage.round, TICKET))
+        return same_round or self._last
+
+    def _note(self, stage: Stage, rate: float) -> None:
+        self._measured[stage.round, stage.branch] = self._last = rate
+
+
+class Progress(Observer):
+    """Shows a run on a console. Use it as a context, so that the terminal is left in order however the run ends."""
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console or Console()
+        self._clock = clock
+        self._live: Live | None = None
+        self._shown_at = float("-inf")
+        self._planned: PlannedStage | None = None
+        self._record: Mapping[str, Any] = {}
+        self._lowest: tuple[float, int] | None = None  # validation loss and its iteration
+        self._results: dict[Stage, Result] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def run_started(self, plan: Plan, finished: Sequence[Stage]) -> None:
+        self._plan = plan
+        if plan.directory is not None and finished:
+            run = Run.open(plan.directory)
+            self._results = {stage: run.stage(stage).result() for stage in finished}
+            self._print(f"{len(finished)} of {len(plan.stages)} trainings are done already")
+        self._time_left = TimeLeft(plan, self._results)
+        if self._console.is_terminal and len(finished) < len(plan.stages):
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+
+    def stage_started(self, planned: PlannedStage, kernels: Mapping[str, Any], iteration: int) -> None:
+        self._planned, self._kernels, self._record, self._lowest = planned, kernels, {}, None
+        self._iteration = iteration
+        self._step_ms: float | None = None
+        self._began, self._began_at = self._clock(), iteration
+        self._shown_at = float("-inf") if self._live else self._clock()
+        if not self._live:
+            self._print(f"{self._where()}: from iteration {iteration:,} to {planned.iterations:,}; {self._how()}")
+        self._show()
+
+    def stepped(self, stage: Stage, iteration: int, step_ms: float) -> None:
+        self._iteration, self._step_ms = iteration, step_ms
+        if not self._record:  # else the evaluation that follows shows it
+            self._show()
+
+    def evaluated(self, stage: Stage, record: Mapping[str, Any]) -> None:
+        self._record, self._iteration = record, record["iteration"]
+        loss = record.get("val_loss")
+        if loss is not None and (self._lowest is None or loss < self._lowest[0]):
+            self._lowest = loss, record["iteration"]
+        self._show()
+
+    def stage_finished(self, stage: Stage, result: Mapping[str, Any]) -> None:
+        self._results[stage] = result
+        self._time_left.stage_finished(stage, self._clock() - self._began, self._iteration - self._began_at)
+        self._print(finished_line(self._where() if self._live else "  finished", Results([result])))
+
+    def run_finished(self, directory: Path | None) -> None:
+        self._stop()
+        results = Results(self._results.values())
+        self._console.print(results_table(results))
+        self._console.print(saved_sentence(results.saved()), highlight=False)
+
+    def note(self, text: str) -> None:
+        self._print(text)
+
+    def _stop(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def _print(self, text: str) -> None:
+        self._console.print(Text(text), soft_wrap=not self._console.is_terminal)
+
+    def _show(self) -> None:
+        now = self._clock()
+        if now - self._shown_at < (REFRESH if self._live else LINE):
+            return
+        self._shown_at = now
+        if self._live:
+            self._live.update(self._drawing(), refresh=True)
+        else:
+            parts = [f"  iteration {self._iteration:,}", *self._numbers(), self._left()]
+            self._print(", ".join(part for part in parts if part))
+
+    def _drawing(self) -> RenderableType:
+        assert self._planned is not None
+        bars = Table.grid(padding=(0, 1), expand=True)
+        bars.add_column(no_wrap=True)
+        bars.add_column(ratio=1)
+        bars.add_column(no_wrap=True)
+        start, end = self._planned.start, self._planned.iterations
+        bars.add_row(
+            "training", _bar(self._iteration - start, end - start), f"iteration {self._iteration:,} of {end:,}"
+        )
+        done, total = len(self._results), len(self._plan.stages)
+        whole = done + (self._iteration - start) / max(end - start, 1)
+        bars.add_row("run", _bar(whole, total), f"training {done + 1} of {total}, {self._left() or '…'}")
+        numbers = self._numbers()
+        lines: list[RenderableType] = [Text(self._where(), style="bold"), Text(self._how(), style="dim"), bars]
+        lines += [Text("   ".join(numbers[i : i + 2])) for i in range(0, len(numbers), 2)]
+        return Group(*lines)
+
+    def _where(self) -> str:
+        assert self._planned is not None
+        stage, stages = self._planned.stage, self._plan.stages
+        parts = [f"round {stage.round} of {max(planned.stage.round for planned in stages)}"]
+        if stage.branch != TICKET:
+            parts.append(SHORT[stage.branch])
+        parts.append(f"{100 * self._planned.density:.3g} % remain")
+        replicates = max(planned.stage.replicate for planned in stages) + 1
+        if replicates > 1:
+            parts.append(f"replicate {stage.replicate + 1} of {replicates}")
+        return ", ".join(parts)
+
+    def _how(self) -> str:
+        """Which layers run sparse."""
+        layers = self._kernels["layers"]
+        ways = dict.fromkeys(layers.values())
+        return "; ".join(f"{', '.join(name for name in layers if layers[name] == way)}: {way}" for way in ways)
+
+    def _numbers(self) -> list[str]:
+        record, said = self._record, []
+        if "val_loss" in record and self._lowest:
+            loss, iteration = self._lowest
+            said.append(f"validation loss {record['val_loss']:.4f} (lowest {loss:.4f} at {iteration:,})")
+        if "train_loss" in record:
+            said.append(f"training loss {record['train_loss']:.4f}")
+        accuracies = [
+            f"{word} {100 * record[key]:.2f} %"
+            for key, word in (("val_accuracy", "validation"), ("test_accuracy", "test"))
+            if key in record
+        ]
+        if accuracies:
+            said.append(f"accuracy {', '.join(accuracies)}")
+        if self._step_ms is not None:
+            said.append(f"{self._step_ms:.3g} ms a step")
+        return said
+
+    def _left(self) -> str:
+        done = self._iteration - self._began_at
+        rate = (self._clock() - self._began) / done if done else None
+        assert self._planned is not None
+        seconds = self._time_left.seconds(self._planned.stage, self._iteration, rate)
+        return "" if seconds is None else f"{duration(seconds)} left"
+
+
+def results_table(results: Results) -> Table:
+    """A row a round and branch, means over the replicates; fits 80 columns."""
+    count = len(results.replicates)
+    table = Table(box=None, padding=(0, 0, 0, 1), title=f"Means over {count} replicates" if count > 1 else None)
+    table.add_column("round", justify="left", no_wrap=True)
+    table.add_column("% re-\nmain", justify="right", no_wrap=True)
+    for heading in COLUMNS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for number in dict.fromkeys(n for branch in results.branches for n in results.rounds(branch)):
+        for branch in results.branches:
+            if results.at(number, branch):
+                cells = (_cell(results, measure, form, number, branch) for measure, form in COLUMNS.values())
+                remaining = f"{results.remaining(number, branch):.3g}"
+                table.add_row(f"{number} {SHORT[branch]}".strip(), remaining, *cells)
+    return table
+
+
+def finished_line(start: str, results: Results) -> str:
+    """One finished stage in a line."""
+    (result,) = results.all
+    stop, early, final = (measure.of(result) for measure in (EARLY_ITERATION, EARLY_ACCURACY, FINAL_ACCURACY))
+    ms, speedup = STEP_MS.of(result), SPEEDUP.of(result)
+    parts = [
+        "" if stop is None else f"early stop at {stop:,.0f}" + ("" if early is None else f" with {early:.2f} %"),
+        "" if final is None else f"{final:.2f} % at the end",
+        "" if ms is None else f"{ms:.3g} ms a step" + ("" if speedup is None else f" ({speedup:.2f}×)"),
+    ]
+    return f"{start}: " + ", ".join(part for part in parts if part)
+
+
+def _cell(results: Results, measure: Measure, form: str, number: int, branch: str) -> str:
+    point = results.point(measure, number, branch)
+    return "–" if point is None else form.format(point.mean)
+
+
+def _bar(completed: float, total: float) -> ProgressBar:
+    return ProgressBar(total=max(total, 1), completed=completed, complete_style="cyan", finished_style="cyan")
