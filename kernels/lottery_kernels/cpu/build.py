@@ -60,9 +60,7 @@ def library(sources: Path) -> Path:
         RuntimeError: there is no compiler, or it failed.
         OSError: the extension directory cannot be written.
     """
-    compiler = _compiler()
-    files = sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h"))
-    built = _extensions_root() / "lottery_kernels" / _key(files, compiler) / LIBRARY
+    compiler, files, built = compiler_command(), _files(sources), place(sources)
     if built.exists():
         return built
     built.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +70,19 @@ def library(sources: Path) -> Path:
                 shutil.rmtree(leftover, ignore_errors=True)
             _compile(compiler, files, built)
     return built
+
+
+def place(sources: Path = SOURCES) -> Path:
+    """Where the shared library of the C++ files in a folder is, or will be once it is compiled.
+
+    Raises:
+        RuntimeError: there is no compiler.
+    """
+    return _extensions_root() / "lottery_kernels" / _key(_files(sources), compiler_command()) / LIBRARY
+
+
+def _files(sources: Path) -> list[Path]:
+    return sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h"))
 
 
 def _compile(compiler: list[str], files: list[Path], to: Path) -> None:
@@ -102,8 +113,12 @@ def _run_all(commands: list[list[str]]) -> None:
             raise RuntimeError(f"{shlex.join(commands[0][:1])} failed:\n{text[-4000:]}")
 
 
-def _compiler() -> list[str]:
-    """`$CXX` if set, else the system's C++ compiler."""
+def compiler_command() -> list[str]:
+    """`$CXX` if set, else the system's C++ compiler.
+
+    Raises:
+        RuntimeError: there is none.
+    """
     chosen = shlex.split(os.environ.get("CXX", ""))
     if sys.platform == "win32":
         raise RuntimeError("they are written for GCC and Clang, which torch does not build with on Windows")
