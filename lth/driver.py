@@ -45,7 +45,8 @@ class Driver:
     def _stage(self, planned: PlannedStage) -> None:
         stage, files = planned.stage, self.run.stage(planned.stage)
         weights, masks = self._start(stage, files), self._masks(stage, files)
-        model, kernels = self._masked_model(stage, files, weights, masks)
+        kernels = self._kernels(planned, files, weights, masks)
+        model = mask_as_chosen(self._model(stage, weights), masks, kernels)
 
         seed_all(self._seed(stage, "training", stage.round, stage.branch))
         training = Training.begin(self.task, model, planned.start)
@@ -66,7 +67,8 @@ class Driver:
             reached=self._snapshots(stage),
         )
         result = self._result(planned, training, masks, kernels, files)
-        result["timing"] = self._timing(planned, training, weights, masks, kernels)
+        step_ms = 1000 * training.seconds / max(training.steps, 1)
+        result["timing"] = {"seconds": training.seconds, "step_ms": step_ms, "sampled": kernels["sampled"]}
         files.finish(dense_weights(model), result)
         self.observer.stage_finished(stage, result)
 
@@ -101,27 +103,37 @@ class Driver:
         weights = {layer.name: trained[f"{layer.name}.weight"] for layer in self.layers}
         return by_magnitude(self.layers, weights, before.mask(), number)
 
-    def _masked_model(
-        self, stage: Stage, files: StageFiles, weights: Mapping[str, Tensor], masks: Masks
-    ) -> tuple[nn.Module, dict[str, Any]]:
-        """The model at its start, and how its masked layers run: as decided before, or as for the ticket, or decided now."""
+    def _kernels(
+        self, planned: PlannedStage, files: StageFiles, weights: Mapping[str, Tensor], masks: Masks
+    ) -> dict[str, Any]:
+        """How the masked layers run: as decided before, or as for the ticket, or decided now."""
         kernels = files.kernels()
         if kernels is None:
-            kernels = self._choose_kernels(stage, weights, masks)
+            kernels = self._choose_kernels(planned, weights, masks)
             files.save_kernels(kernels)
-        return mask_as_chosen(self._model(stage, weights), masks, kernels), kernels
+        return kernels
 
-    def _choose_kernels(self, stage: Stage, weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Any]:
+    def _choose_kernels(self, planned: PlannedStage, weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Any]:
+        stage, asked = planned.stage, self.search.kernels
         if stage.round == 0:
-            return unmasked(self.layers)
+            return {**unmasked(self.layers), "sampled": None}
         if stage.branch != TICKET:
             ticket = self.run.stage(Stage(stage.replicate, stage.round)).kernels()
             assert ticket is not None  # its stage goes before its branches
-            return ticket
-        example = None
-        if self.search.kernels == "auto":
-            example = self.task.example(self.task.batches(0, self._seed(stage, "order")))
-        return choose_kernels(self._model(stage, weights), masks, self.layers, self.search.kernels, example)
+            return {**ticket, "sampled": None}
+        example = self.task.example(self.task.batches(0, self._seed(stage, "order"))) if asked == "auto" else None
+        kernels = choose_kernels(self._model(stage, weights), masks, self.layers, asked, example)
+        if not any_sparse(kernels):
+            return {**kernels, "sampled": None}
+        sampled = side_by_side(
+            *(self._stepper(planned, weights, masks, side) for side in (kernels, densely(kernels, "")))
+        )
+        if asked == "auto" and sampled["speedup"] <= 1:
+            reason = "a training step takes {sparse_ms:.3g} ms sparse and {dense_ms:.3g} ms dense masked".format(
+                **sampled
+            )
+            return {**densely(kernels, reason), "sampled": None}
+        return {**kernels, "sampled": sampled}
 
     def _model(self, stage: Stage, weights: Mapping[str, Tensor]) -> nn.Module:
         seed_all(self._seed(stage, "initial"))
@@ -163,23 +175,8 @@ class Driver:
             "evaluations": len(evaluations),
             "early_stop": min(judged, key=_val_loss) if judged else None,
             "final": final,
-            "kernels": dict(kernels),
+            "kernels": {key: value for key, value in kernels.items() if key != "sampled"},
         }
-
-    def _timing(
-        self,
-        planned: PlannedStage,
-        training: Training,
-        weights: Mapping[str, Tensor],
-        masks: Masks,
-        kernels: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        sampled = None
-        if planned.stage.branch == TICKET and any_sparse(kernels):
-            sides = (self._stepper(planned, weights, masks, side) for side in (kernels, densely(kernels)))
-            sampled = side_by_side(*sides)
-        step_ms = 1000 * training.seconds / max(training.steps, 1)
-        return {"seconds": training.seconds, "step_ms": step_ms, "sampled": sampled}
 
     def _stepper(
         self, planned: PlannedStage, weights: Mapping[str, Tensor], masks: Masks, kernels: Mapping[str, Any]

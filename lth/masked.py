@@ -40,9 +40,10 @@ def mask_as_chosen(model: nn.Module, masks: Mapping[str, Tensor], kernels: Mappi
     return lottery_kernels.sparsify(model, masks, when=kernels["choices"]) if kernels["choices"] else model
 
 
-def densely(kernels: Mapping[str, Any]) -> dict[str, Any]:
+def densely(kernels: Mapping[str, Any], reason: str) -> dict[str, Any]:
     """The same layers, all of them dense masked: what sparse is compared with."""
-    return {"choices": {name: {**choice, "kernel": "dense"} for name, choice in kernels["choices"].items()}}
+    choices = {name: {**choice, "kernel": "dense", "reason": reason} for name, choice in kernels["choices"].items()}
+    return {"layers": dict.fromkeys(choices, DENSE), "reason": reason, "choices": choices}
 
 
 def any_sparse(kernels: Mapping[str, Any]) -> bool:

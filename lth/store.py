@@ -19,7 +19,8 @@ A stage (one training: a round or a branch of one) is a folder of
 mask.safetensors     {layer: bool, dense shape}; True = remains. Layers are named by their module, as in run.json
 start.safetensors    only for a reinit: the new draw. All others start from initial (or rewind)
 kernels.json         how it runs, decided before the first step: {"layers": {layer: "sparse 1x1" or "dense masked"}, "reason",
-                     "choices"}, the last as `lottery_kernels.choices` returns it, with a reason for each layer
+                     "choices", "sampled"}: choices as `lottery_kernels.choices` returns them, with a
+                     reason for each layer; sampled as in result.json
 evaluations.jsonl    one line an evaluation: {"iteration", "val_loss", "val_accuracy", "test_…", "train_…"}; accuracies 0–1
 checkpoint.pt        only while it trains: all that an exact continuation needs
 weights.safetensors  after the last step: every parameter and buffer, dense; pruned positions 0

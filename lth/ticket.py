@@ -106,6 +106,7 @@ def find_ticket(
             (iteration, seed) → batch of anything, that gives the same batch whenever it is called with the same numbers.
         step: (model, batch) → loss or losses, a tensor or several. It leaves the gradients of the update in `.grad` and may
             clip them; the driver checks the losses, steps the optimizers and schedulers, and clears the gradients.
+            Unless kernels="dense" it is also called on copies, to time sparse against dense masked.
         optimizer: model → an optimizer or several. Sparse layers hold `values` in the place of `weight`: take `parameters()`.
         scheduler: optimizer (or the list of several) → a scheduler or several, stepped every iteration.
         evaluate: model → numbers, called every `eval_every` iterations; `val_loss` decides the early stop.
