@@ -127,7 +127,7 @@ def _cpp(compile_now: bool) -> list[Finding]:
         reason = "; ".join(str(warning.message) for warning in caught)
         text = f"{'built' if there else 'built now'} and loaded, from {place}" if loaded else reason
     else:
-        text = "not built yet: the first sparse layer does it, which takes a while, once (no ninja needed); lth doctor --build does it now"
+        text = "not built yet (no ninja needed): the first sparse layer compiles them once, lth doctor --build now"
     return [Finding("C++ compiler", version), Finding("C++ kernels", text)]
 
 
