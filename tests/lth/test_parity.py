@@ -1,0 +1,111 @@
+"""The same search, sparse and dense masked, takes the same path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lth import masked
+from lth.events import Observer
+from lth.prune import Block
+from lth.ticket import Tickets
+from tests.lth import tiny
+
+STEPS = 200
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.003, fused=True),
+}
+
+
+def searched(kernels: str, optimizer: str, dtype: torch.dtype, block: Block) -> tuple[Tickets, Tensor]:
+    """Three rounds of 200 steps, and the loss of every step."""
+    x, y = tiny.examples()
+    losses: list[Tensor] = []
+
+    def network() -> nn.Module:
+        layers = nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 3)
+        return nn.Sequential(*layers).to(dtype)
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        loss = tiny.step(model, batch)
+        losses.append(loss.detach())
+        return loss
+
+    found = tiny.search(
+        model=network,
+        data=(x.to(dtype), y),
+        step=step,
+        optimizer=OPTIMIZERS[optimizer],
+        evaluate=None,
+        iterations=STEPS,
+        rounds=2,
+        rate=0.5,
+        block=block,
+        kernels=kernels,
+        checkpoint_seconds=60,
+    )
+    return found, torch.stack(losses)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (4, 3), (5, 7)])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
+def test_sparse_and_dense_masked_take_the_same_path(
+    dtype: torch.dtype, tolerance: float, optimizer: str, block: Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp64: to rounding. fp32: to the drift that 200 steps make of rounding; twice what was seen."""
+    monkeypatch.setattr("lth.driver.side_by_side", lambda sparse, dense: None)  # the steps on copies are no part of it
+    (sparse, sparse_losses), (dense, dense_losses) = (
+        searched(kernels, optimizer, dtype, block) for kernels in ("sparse", "dense")
+    )
+    torch.testing.assert_close(sparse_losses, dense_losses, rtol=tolerance, atol=tolerance)
+    for ticket, peer in zip(sparse, dense, strict=True):
+        for layer, mask in peer.masks.items():
+            assert torch.equal(ticket.masks[layer], mask)
+        for name, weight in peer.trained.items():
+            torch.testing.assert_close(ticket.trained[name], weight, rtol=tolerance, atol=tolerance)
+    kernels = {how for ticket in (sparse[1], sparse[2]) for how in ticket.result["kernels"]["layers"].values()}
+    assert kernels == {"sparse {}x{}".format(*block)}
+
+
+def test_auto_decides_once_and_replays_on_resume(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupt(Observer):
+        def evaluated(self, stage: Any, record: Any) -> None:
+            if (stage.round, record["iteration"]) == (1, 3):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny.search(out=tmp_path, kernels="auto", observer=Interrupt())
+    decided = (tmp_path / "replicate-0/round-01/kernels.json").read_bytes()
+
+    def again(*arguments: object) -> None:
+        raise AssertionError("decided again")
+
+    monkeypatch.setattr("lth.driver.choose_kernels", again)
+    found = tiny.search(out=tmp_path, kernels="auto", resume=True)
+    assert (tmp_path / "replicate-0/round-01/kernels.json").read_bytes() == decided
+    assert found[1].result["kernels"]["choices"].keys() == {"0", "4"}
+
+
+def test_auto_runs_dense_masked_where_a_sparse_step_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"sparse_ms": 2.0, "dense_ms": 1.0, "speedup": 0.5, "spread": [0.4, 0.6]}
+    monkeypatch.setattr("lth.driver.side_by_side", lambda sparse, dense: times)
+    real = masked.choose_kernels
+    monkeypatch.setattr("lth.driver.choose_kernels", lambda *arguments: real(*arguments[:3], "sparse", None))
+    result = tiny.search(kernels="auto")[1].result
+    assert set(result["kernels"]["layers"].values()) == {"dense masked"}
+    assert result["kernels"]["reason"] == "a training step takes 2 ms sparse and 1 ms dense masked"
+    assert result["timing"]["sampled"] is None
+
+
+def test_branches_run_on_the_kernels_of_their_ticket() -> None:
+    found = tiny.search(kernels="sparse", branches=("reinit", "random"))
+    kernels = [found.at(1, branch).result["kernels"] for branch in ("ticket", "reinit", "random")]
+    assert kernels[0] == kernels[1] == kernels[2]
+    assert found[1].result["timing"]["sampled"]["speedup"] > 0
+    assert found.at(1, "reinit").result["timing"]["sampled"] is None
