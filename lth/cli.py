@@ -48,6 +48,7 @@ def run(arguments: Sequence[str]) -> int:
         out: Path | None = None  # the run's folder; without it runs/PRESET and what is not the preset's own
         resume: bool = False  # continue the run that the folder holds
         dry_run: bool = False  # say what would be done, and do nothing
+        track: str | None = None  # tensorboard: write its curves into the run's folder
         threads: int | None = None  # of PyTorch; bits are equal for equal numbers only
         checkpoint_seconds: float = 20.0  # at most about so much of a round is lost when the run is killed
 
@@ -71,26 +72,31 @@ def _run(preset, options) -> int:
     import torch
 
     from lth import presets
+    from lth.events import Observers
+    from lth.progress import Progress
     from lth.ticket import plan_search, run_search
+    from lth.tracking import tracker
 
     settings = presets.Settings(**{f.name: getattr(options, f.name) for f in dataclasses.fields(presets.Settings)})
     if options.threads is not None:
         if options.threads < 1:
             raise ValueError(f"threads: {options.threads}; it takes at least 1")
         torch.set_num_threads(options.threads)
+    trackers = [tracker(options.track)] if options.track else []
     directory = options.out or presets.directory_of(preset, settings)
     task, search, described, dataset = presets.make(settings, options.data_dir)
     search = dataclasses.replace(search, checkpoint_seconds=options.checkpoint_seconds)
     if options.dry_run:
         print_plan(plan_search(task, search, directory))
         return 0
-    observer = _observer()
-    observer.note(
-        f"{dataset.name} from {dataset.source}: {len(dataset.train):,} training, "
-        f"{len(dataset.validation):,} validation, {len(dataset.test):,} test examples"
-    )
-    finished = run_search(task, search, directory, resume=options.resume, observer=observer, settings=described)
-    print_results(finished)
+    with Progress(_console()) as progress:
+        progress.note(
+            f"{dataset.name} from {dataset.source}: {len(dataset.train):,} training, "
+            f"{len(dataset.validation):,} validation, {len(dataset.test):,} test examples"
+        )
+        observer = Observers(progress, *trackers)
+        run_search(task, search, directory, resume=options.resume, observer=observer, settings=described)
+    print(f"Everything is in {directory}; `lth report {directory}` draws it.")
     return 0
 
 
@@ -131,54 +137,8 @@ def print_plan(plan) -> None:
     )
 
 
-def print_results(finished) -> None:
-    """The table at the end of a run, and what the run saved."""
-    from lth import results as r
-
-    found, console = r.Results(stage.result() for stage in finished.finished()), _console()
-    measures = {
-        "early stop at": (r.EARLY_ITERATION, "{:,.0f}"),
-        "accuracy there, %": (r.EARLY_ACCURACY, "{:.2f}"),
-        "final accuracy, %": (r.FINAL_ACCURACY, "{:.2f}"),
-        "gap, points": (r.GAP, "{:.2f}"),
-        "ms a step": (r.STEP_MS, "{:.3f}"),
-        "sampled: sparse": (r.SPARSE_MS, "{:.3f}"),
-        "dense masked": (r.DENSE_MS, "{:.3f}"),
-        "speed-up": (r.SPEEDUP, "{:.2f}×"),
-    }
-    for branch in found.branches:
-        table = Table(title=f"{branch}, mean of {len(found.replicates)} replicate(s)")
-        for heading in ("round", "% remaining", *measures):
-            table.add_column(heading, justify="right")
-        for number in found.rounds(branch):
-            points = [(found.point(measure, number, branch), form) for measure, form in measures.values()]
-            shown = ("–" if point is None else form.format(point.mean) for point, form in points)
-            table.add_row(str(number), f"{found.remaining(number, branch):.2f}", *shown)
-        console.print(table)
-    saved = found.saved()
-    if saved.stages:
-        console.print(
-            f"Sparse steps saved about {saved.seconds:.1f} s of the {saved.dense_seconds:.1f} s that the same steps take dense masked."
-        )
-    console.print(f"Everything is in {finished.path}; `lth report {finished.path}` draws it.")
-
-
 def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140)
-
-
-def _observer():
-    from lth.events import Observer
-
-    class Lines(Observer):
-        def note(self, text):
-            print(text)
-
-        def stage_finished(self, stage, result):
-            final = result["final"]
-            print(stage, f"{result['density']:.4f}", final["test_accuracy"], result["timing"], flush=True)
-
-    return Lines()
 
 
 def _guarded(command) -> int:

@@ -53,3 +53,38 @@ class Observer:
 
     def note(self, text: str) -> None:
         """Something worth a line: where data came from, a change of threads on resume."""
+
+
+class Observers(Observer):
+    """Several observers as one."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def run_started(self, plan: Plan, finished: Sequence[Stage]) -> None:
+        for observer in self._observers:
+            observer.run_started(plan, finished)
+
+    def stage_started(self, planned: PlannedStage, kernels: Mapping[str, Any], iteration: int) -> None:
+        for observer in self._observers:
+            observer.stage_started(planned, kernels, iteration)
+
+    def stepped(self, stage: Stage, iteration: int, step_ms: float) -> None:
+        for observer in self._observers:
+            observer.stepped(stage, iteration, step_ms)
+
+    def evaluated(self, stage: Stage, record: Mapping[str, Any]) -> None:
+        for observer in self._observers:
+            observer.evaluated(stage, record)
+
+    def stage_finished(self, stage: Stage, result: Mapping[str, Any]) -> None:
+        for observer in self._observers:
+            observer.stage_finished(stage, result)
+
+    def run_finished(self, directory: Path | None) -> None:
+        for observer in self._observers:
+            observer.run_finished(directory)
+
+    def note(self, text: str) -> None:
+        for observer in self._observers:
+            observer.note(text)
