@@ -6,162 +6,155 @@ import dataclasses
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from lth.events import Observer, Observers, Plan
+from lth.presets import Settings, directory_of, make, named
+from lth.progress import Progress
+from lth.ticket import plan_search, run_search
+from lth.tracking import tracker
+
 USAGE = """usage: lth COMMAND
 
   lth run [PRESET] [options]   find a ticket; without arguments LeNet on the small MNIST, without a network
-  lth report RUN...            pictures and tables of finished runs
+  lth report RUN...            one page about finished runs, and its pictures
   lth doctor                   what this machine has, and what each choice would use
 
 lth COMMAND --help lists the options.
 """
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Options(Settings):
+    """Find a ticket: train, prune the smallest weights, rewind the rest, and again."""
+
+    preset: tyro.conf.Positional[str] = "lenet"  # lenet or lenet-wide; the defaults below are its own
+    data_dir: Path | None = None  # read the data set from this folder and nowhere else
+    out: Path | None = None  # folder of the run; by default runs/PRESET and what is not the preset's own
+    resume: bool = False  # continue the run that the folder holds
+    dry_run: bool = False  # say what would be done, and do nothing
+    threads: int | None = None  # of PyTorch; equal numbers give equal bits
+    checkpoint_seconds: float = 20.0  # at most about so much of a training is lost when the run is killed
+    track: str | None = None  # tensorboard: write curves for it into the run's folder
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)})
+
+    @property
+    def directory(self) -> Path:
+        return self.out or directory_of(self.preset, self.settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exits with 0, 1 (an error, said in a line), 2 (wrong usage) or 130 (interrupted)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    commands = {"run": run, "report": report, "doctor": doctor}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         sys.exit(0 if arguments else 2)
-    if arguments[0] not in commands:
-        print(f"lth: no command {arguments[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"lth: no command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         sys.exit(2)
-    sys.exit(commands[arguments[0]](arguments[1:]))
+    try:
+        sys.exit(COMMANDS[command](rest))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if os.environ.get("LTH_TRACEBACK"):
+            raise
+        print(f"lth: {_explained(error)}", file=sys.stderr)
+        sys.exit(1)
 
 
 def run(arguments: Sequence[str]) -> int:
-    from lth import presets
-
-    @dataclass(frozen=True)
-    class Options(presets.Settings):
-        preset: tyro.conf.Positional[str] = "lenet"
-        data_dir: Path | None = None  # read the data set from here, and nowhere else
-        out: Path | None = None  # the run's folder; without it runs/PRESET and what is not the preset's own
-        resume: bool = False  # continue the run that the folder holds
-        dry_run: bool = False  # say what would be done, and do nothing
-        track: str | None = None  # tensorboard: write its curves into the run's folder
-        threads: int | None = None  # of PyTorch; bits are equal for equal numbers only
-        checkpoint_seconds: float = 20.0  # at most about so much of a round is lost when the run is killed
-
-    def parse(default: Options) -> Options:
-        return tyro.cli(
-            Annotated[Options, tyro.conf.FlagCreatePairsOff], prog="lth run", args=list(arguments), default=default
-        )
-
-    try:
-        preset = parse(Options()).preset
-        chosen = dataclasses.asdict(presets.named(preset))
-        return _run(preset, parse(Options(preset=preset, **chosen)))
-    except KeyboardInterrupt:
-        print("lth: interrupted; the same command with --resume continues", file=sys.stderr)
-        return 130
-    except Exception as error:
-        return _explain(error)
-
-
-def _run(preset, options) -> int:
-    import torch
-
-    from lth import presets
-    from lth.events import Observers
-    from lth.progress import Progress
-    from lth.ticket import plan_search, run_search
-    from lth.tracking import tracker
-
-    settings = presets.Settings(**{f.name: getattr(options, f.name) for f in dataclasses.fields(presets.Settings)})
+    """`lth run`. Parses twice: the preset that the first pass finds gives the defaults of the second."""
+    preset = _parsed(arguments, Options()).preset
+    options = _parsed(arguments, Options(**dataclasses.asdict(named(preset)), preset=preset))
     if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"threads: {options.threads}; it takes at least 1")
-        torch.set_num_threads(options.threads)
-    trackers = [tracker(options.track)] if options.track else []
-    directory = options.out or presets.directory_of(preset, settings)
-    task, search, described, dataset = presets.make(settings, options.data_dir)
+        _set_threads(options.threads)
+    task, search, settings, dataset = make(options.settings, options.data_dir)
     search = dataclasses.replace(search, checkpoint_seconds=options.checkpoint_seconds)
     if options.dry_run:
-        print_plan(plan_search(task, search, directory))
+        print_plan(plan_search(task, search, options.directory))
         return 0
-    with Progress(_console()) as progress:
-        progress.note(
-            f"{dataset.name} from {dataset.source}: {len(dataset.train):,} training, "
-            f"{len(dataset.validation):,} validation, {len(dataset.test):,} test examples"
-        )
-        observer = Observers(progress, *trackers)
-        run_search(task, search, directory, resume=options.resume, observer=observer, settings=described)
-    print(f"Everything is in {directory}; `lth report {directory}` draws it.")
+    counts = f"{len(dataset.train):,} training, {len(dataset.validation):,} validation, {len(dataset.test):,} test"
+    with Progress() as progress:
+        observer: Observer = Observers(progress, tracker(options.track)) if options.track else progress
+        observer.note(f"{dataset.name} from {dataset.source}: {counts} examples")
+        try:
+            run_search(task, search, options.directory, resume=options.resume, observer=observer, settings=settings)
+        except KeyboardInterrupt:
+            observer.note(f"interrupted; the same command with --resume continues {options.directory}")
+            return INTERRUPTED
+    print(f"{options.directory} holds everything; `lth report {options.directory}` draws it")
     return 0
 
 
 def report(arguments: Sequence[str]) -> int:
-    from lth import report as module
+    from lth import report  # matplotlib takes a while to import
 
-    return _guarded(lambda: module.main(arguments))
+    return report.main(arguments)
 
 
 def doctor(arguments: Sequence[str]) -> int:
-    from lth import doctor as module
+    from lth import doctor
 
-    return _guarded(lambda: module.main(arguments))
+    return doctor.main(arguments)
 
 
-def print_plan(plan) -> None:
-    """The dry run's table: a row a round, then what all of it adds up to."""
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"run": run, "report": report, "doctor": doctor}
+
+
+def print_plan(plan: Plan) -> None:
+    """The dry run's table, a row a round, and what all of it adds up to."""
     layers = list(plan.layers)
     table = Table(title=str(plan.directory))
     for heading in ("round", "% remaining", *layers, "trainings", "iterations"):
         table.add_column(heading, justify="right")
     for number in sorted({planned.stage.round for planned in plan.stages}):
         stages = [planned for planned in plan.stages if planned.stage.round == number]
-        table.add_row(
-            str(number),
-            f"{100 * stages[0].density:.2f}",
-            *(f"{stages[0].remaining[layer]:,}" for layer in layers),
-            str(len(stages)),
-            f"{sum(planned.iterations - planned.start for planned in stages):,}",
-        )
-    console = _console()
-    console.print(table)
-    blocks = {tuple(layer["block"]) for layer in plan.layers.values()}
-    unit = "weights" if blocks == {(1, 1)} else "blocks of " + ", ".join(f"{r}x{c}" for r, c in sorted(blocks))
+        iterations = sum(planned.iterations - planned.start for planned in stages)
+        counts = [f"{stages[0].remaining[layer]:,}" for layer in layers]
+        table.add_row(str(number), f"{100 * stages[0].density:.2f}", *counts, str(len(stages)), f"{iterations:,}")
+    blocks = sorted({tuple(layer["block"]) for layer in plan.layers.values()})
+    unit = "weights" if blocks == [(1, 1)] else "blocks of " + ", ".join(f"{r}x{c}" for r, c in blocks)
     total = sum(planned.iterations - planned.start for planned in plan.stages)
-    console.print(
-        f"Layer columns count the {unit} that remain. {len(plan.stages)} trainings, {total:,} iterations in all."
-    )
+    Console().print(table)
+    print(f"The layers' columns count the {unit} that remain.")
+    print(f"{len(plan.stages)} trainings, {total:,} iterations in all, into {plan.directory}; nothing was done.")
 
 
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 140)
+def _parsed(arguments: Sequence[str], default: Options) -> Options:
+    flags: Any = Annotated[Options, tyro.conf.FlagCreatePairsOff]
+    return tyro.cli(flags, prog="lth run", args=list(arguments), default=default)
 
 
-def _guarded(command) -> int:
-    try:
-        return command() or 0
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        return _explain(error)
+def _set_threads(threads: int) -> None:
+    import torch
+
+    if threads < 1:
+        raise ValueError(f"threads: {threads}; it takes at least 1")
+    torch.set_num_threads(threads)
 
 
-def _explain(error: Exception) -> int:
-    """One line about an error, and the exit status. The traceback is for those who set LTH_TRACEBACK."""
-    if os.environ.get("LTH_TRACEBACK"):
-        raise error
+def _explained(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        text = f"no space is left on the disk for {error.filename}; what was written before is whole: make room, then --resume"
-    elif isinstance(error, OSError | ValueError | RuntimeError):
-        text = str(error)
-    else:
-        text = f"unexpected {type(error).__name__}: {error} (LTH_TRACEBACK=1 shows where)"
-    print(f"lth: {text}", file=sys.stderr)
-    return 1
+        return (
+            f"no space is left on the disk to write {error.filename}; what was written before is whole. "
+            "Make room, and the same command with --resume continues"
+        )
+    if isinstance(error, OSError | ValueError | RuntimeError):
+        return str(error)
+    return f"unexpected {type(error).__name__}: {error} (LTH_TRACEBACK=1 shows where)"
 
 
 if __name__ == "__main__":
