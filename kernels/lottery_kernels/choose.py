@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from . import operators
+from . import gpu, operators
 from .measure import fastest
 from .pattern import Grid, Pattern, check_block
 from .targets import Target
@@ -70,9 +71,18 @@ def best_block(mask: Tensor, groups: int = 1) -> tuple[int, int]:
 def refusal(target: Target, pattern: Pattern) -> str | None:
     """Why no compiled kernel can serve this layer, or could not win; None if one may. The reference, which serves
     otherwise, computes dense and cannot win. What a backend cannot run or do well is said here."""
-    device, kind = target.leaf.device.type, _kind(target)
+    device, dtype, kind = target.leaf.device.type, target.leaf.dtype, _kind(target)
+    if device == "cuda":
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        reason = gpu.why_off() or gpu.unsupported(dtype, pattern.block)
+        if reason is not None:
+            return reason
     if not operators._backend_serves(kind, device):
         return f"there are no compiled sparse kernels for {kind} on {device} here"
+    grid = Grid.of(pattern.weight_shape, pattern.block, pattern.groups)
+    if pattern.nnz == grid.groups * grid.rows * grid.taps * grid.cols:
+        return "every {}x{} block has a live weight, so none can be skipped".format(*pattern.block)
     return None
 
 

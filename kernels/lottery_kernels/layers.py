@@ -266,8 +266,9 @@ class SparseLinear(SparseLayer):
         bias = self.bias is not None
         return self._fill(nn.Linear(self.in_features, self.out_features, bias, "meta", self.values.dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """`[..., in_features] -> [..., out_features]`."""
+        x = input
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"input has shape {tuple(x.shape)}, the layer takes [..., in_features={self.in_features}]")
         leading = x.shape[:-1]
@@ -332,8 +333,9 @@ class SparseConv2d(SparseLayer):
         """A dense copy, pruned weights zero."""
         return self._fill(nn.Conv2d(**_conv_arguments(self), device="meta", dtype=self.values.dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """`[N, in_channels, H, W] -> [N, out_channels, OH, OW]`, N optional."""
+        x = input
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             expected = f"[N, {self.in_channels}, H, W] or [{self.in_channels}, H, W]"
             raise ValueError(f"input has shape {tuple(x.shape)}, the layer takes {expected}")
