@@ -71,7 +71,7 @@ def doctor(compile_now: bool = False, console: Console | None = None) -> int:
 def choices() -> list[Finding]:
     """What `--device` and `--kernels` come to on this machine."""
     off = gpu.why_off()
-    cpp = "the C++ kernels" if _buildable() is None else "no sparse kernels but the slow reference"
+    cpp = "the C++ kernels" if _why_no_cpp() is None else "no sparse kernels but the slow reference"
     return [
         Finding("--device cpu", f"{cpp} (the default)"),
         Finding("--device cuda", f"cannot be used: {off}" if off else f"the Triton kernels on {_gpu_name()}"),
@@ -107,15 +107,10 @@ def _cpu() -> Finding:
 
 def _cpp(compile_now: bool) -> list[Finding]:
     """The compiler, and whether its kernels are there. They are built by the compiler itself; ninja is not needed."""
-    if os.environ.get("LOTTERY_KERNELS_NO_CPP", "0") not in ("", "0"):
-        return [Finding("C++ kernels", "turned off by LOTTERY_KERNELS_NO_CPP")]
-    if reason := _buildable():
+    if reason := _why_no_cpp():
         return [
-            Finding("C++ compiler", reason),
-            Finding(
-                "C++ kernels",
-                "cannot be built; layers run dense masked, unless --kernels sparse asks for the slow reference",
-            ),
+            Finding("C++ kernels", f"none: {reason}"),
+            Finding("", "layers run dense masked, unless --kernels sparse asks for the slow reference"),
         ]
     command, place = build.compiler_command(), build.place()
     version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
@@ -174,8 +169,10 @@ def _folder() -> Finding:
     return Finding("runs", text, needed=not writable)
 
 
-def _buildable() -> str | None:
+def _why_no_cpp() -> str | None:
     """Why the C++ kernels cannot be built here, or None."""
+    if os.environ.get("LOTTERY_KERNELS_NO_CPP", "0") not in ("", "0"):
+        return "turned off by LOTTERY_KERNELS_NO_CPP"
     try:
         build.place()
     except (OSError, RuntimeError) as error:

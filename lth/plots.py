@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -91,7 +92,7 @@ class Curve:
 def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=170)
+        FigureCanvasAgg(figure).print_png(buffer)  # `savefig` would draw, and lay out, twice
     return buffer.getvalue()
 
 
@@ -244,7 +245,7 @@ def chosen_rounds(rounds: Sequence[int]) -> list[int]:
 
 
 def _figure(title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE, layout="constrained")
+    figure = Figure(figsize=SIZE, dpi=170, layout="constrained")
     ax = figure.add_subplot()
     ax.set_title(title)
     return figure, ax

@@ -35,15 +35,22 @@ from lth.store import TICKET, Run, Stage
 REFRESH = 0.5  # seconds between two drawings on a terminal
 LINE = 10.0  # seconds between two lines elsewhere
 SHORT = {TICKET: "", "reinit": "reinit", "random": "random", "oneshot": "one-shot"}
-COLUMNS: Mapping[str, tuple[Measure, str]] = {
-    "early\nstop at": (EARLY_ITERATION, "{:,.0f}"),
-    "test %\nthere": (EARLY_ACCURACY, "{:.2f}"),
-    "test %\nat end": (FINAL_ACCURACY, "{:.2f}"),
-    "train\n− test": (GAP, "{:.2f}"),
-    "ms/step\nas run": (STEP_MS, "{:.3f}"),
-    "sampled\nsparse": (SPARSE_MS, "{:.3f}"),
-    "dense\nmasked": (DENSE_MS, "{:.3f}"),
-    "speed\n-up": (SPEEDUP, "{:.2f}×"),
+
+
+def milliseconds(value: float) -> str:
+    """About four digits: 0.464, 12.35, 1235."""
+    return f"{value:.{3 if value < 10 else 2 if value < 100 else 1 if value < 1000 else 0}f}"
+
+
+COLUMNS: Mapping[str, tuple[Measure, Callable[[float], str]]] = {
+    "early\nstop at": (EARLY_ITERATION, "{:,.0f}".format),
+    "test %\nthere": (EARLY_ACCURACY, "{:.2f}".format),
+    "test %\nat end": (FINAL_ACCURACY, "{:.2f}".format),
+    "train\n− test": (GAP, "{:.2f}".format),
+    "ms/step\nas run": (STEP_MS, milliseconds),
+    "sampled\nsparse": (SPARSE_MS, milliseconds),
+    "dense\nmasked": (DENSE_MS, milliseconds),
+    "speed\n-up": (SPEEDUP, "{:.2f}×".format),
 }
 
 
@@ -222,7 +229,7 @@ class Progress(Observer):
         if accuracies:
             said.append(f"accuracy {', '.join(accuracies)}")
         if self._step_ms is not None:
-            said.append(f"{self._step_ms:.3g} ms a step")
+            said.append(f"{milliseconds(self._step_ms)} ms a step")
         return said
 
     def _left(self) -> str:
@@ -258,14 +265,14 @@ def finished_line(start: str, results: Results) -> str:
     parts = [
         "" if stop is None else f"early stop at {stop:,.0f}" + ("" if early is None else f" with {early:.2f} %"),
         "" if final is None else f"{final:.2f} % at the end",
-        "" if ms is None else f"{ms:.3g} ms a step" + ("" if speedup is None else f" ({speedup:.2f}×)"),
+        "" if ms is None else f"{milliseconds(ms)} ms a step" + ("" if speedup is None else f" ({speedup:.2f}×)"),
     ]
     return f"{start}: " + ", ".join(part for part in parts if part)
 
 
-def _cell(results: Results, measure: Measure, form: str, number: int, branch: str) -> str:
+def _cell(results: Results, measure: Measure, form: Callable[[float], str], number: int, branch: str) -> str:
     point = results.point(measure, number, branch)
-    return "–" if point is None else form.format(point.mean)
+    return "–" if point is None else form(point.mean)
 
 
 def _bar(completed: float, total: float) -> ProgressBar:
