@@ -42,7 +42,7 @@ class Options(Settings):
     resume: bool = False  # continue the run that the folder holds
     dry_run: bool = False  # say what would be done, and do nothing
     threads: int | None = None  # of PyTorch; equal numbers give equal bits
-    checkpoint_seconds: float = 20.0  # at most about so much of a training is lost when the run is killed
+    checkpoint_seconds: float = 20.0  # a checkpoint follows an evaluation if so long has passed
     track: str | None = None  # tensorboard: write curves for it into the run's folder
 
     @property

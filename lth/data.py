@@ -1,4 +1,4 @@
-"""The data sets, as whole tensors: read, checked, normalised and split. Batches are drawn by index (see `lth.classify`)."""
+"""The data sets, as whole tensors: read, checked, normalised, split. Batches are drawn by index, in `lth.classify`."""
 
 from __future__ import annotations
 

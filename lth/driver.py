@@ -78,8 +78,9 @@ class Driver:
             if not (files.path / "start.safetensors").exists():
                 files.save_start(dense_weights(self._draw(stage, "reinit", stage.round)))
         elif not self.run.has(stage.replicate, "initial"):
-            given = self.task.first if stage.replicate == 0 else None
-            self.run.save(stage.replicate, "initial", dense_weights(given or self._draw(stage, "initial")))
+            given = self.task.first is not None and stage.replicate == 0
+            model = self.task.fresh() if given else self._draw(stage, "initial")
+            self.run.save(stage.replicate, "initial", dense_weights(model))
         return files.start()
 
     def _masks(self, stage: Stage, files: StageFiles) -> Masks:
@@ -129,9 +130,8 @@ class Driver:
             *(self._stepper(planned, weights, masks, side) for side in (kernels, densely(kernels, "")))
         )
         if asked == "auto" and sampled["speedup"] <= 1:
-            reason = "a training step takes {sparse_ms:.3g} ms sparse and {dense_ms:.3g} ms dense masked".format(
-                **sampled
-            )
+            times = [f"{sampled[side]:.3g} ms" for side in ("sparse_ms", "dense_ms")]
+            reason = "a training step takes {} sparse and {} dense masked".format(*times)
             return {**densely(kernels, reason), "sampled": None}
         return {**kernels, "sampled": sampled}
 

@@ -1,8 +1,9 @@
 """Files that are either wholly there or not there, and that show it when their bytes were changed.
 
 Whole files are written beside their place, flushed to the disk and renamed. Each carries a checksum of what it holds:
-JSON documents under the key ``sha256``, safetensors files in their metadata, lines of a JSON-lines file under ``crc32``,
-training checkpoints in a header line. Reading verifies it and raises :class:`DamagedFile`, which names the file.
+JSON documents under the key ``sha256``, safetensors files in their metadata, lines of a JSON-lines file under
+``crc32``, training checkpoints in a header line. Reading verifies it and raises :class:`DamagedFile`, which names the
+file.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def sync_lines(path: Path) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file, [] if there is none. An unfinished last line is dropped, any other bad line raises."""
+    """The records of a JSON-lines file, [] if there is none. An unfinished last line is dropped; a bad line raises."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:

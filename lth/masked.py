@@ -1,4 +1,4 @@
-"""A model that trains under masks: dense masked, as PyTorch's own pruning does it, or sparse; decided once, then replayed."""
+"""A model that trains under masks: dense masked, as PyTorch's pruning does it, or sparse; decided, then replayed."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ class Search:
     Attributes:
         iterations: a training ends at this iteration.
         rounds: how often is pruned; round 0 is the dense network.
-        rate: share of the remaining weights (blocks) pruned a round: one for all layers, or {module name: rate}, where the
-            layers left out are exempt: neither pruned nor counted.
+        rate: share of the remaining weights (blocks) pruned a round: one for all layers, or {module name: rate}, where
+            the layers left out are exempt: neither pruned nor counted.
         block: (rows, cols) that are pruned together.
         rewind: survivors return to their weights after this many iterations of round 0; 0 is initialisation.
         branches: of "reinit", "random", "oneshot": controls grown from a round.
@@ -30,7 +30,7 @@ class Search:
         replicates: repeats, each with its own seed for initialisation, data order and pruning.
         eval_every: iterations between evaluations.
         kernels: "auto" measures once a round, "sparse" or "dense".
-        checkpoint_seconds: at most about so much of a round is lost when a run is killed.
+        checkpoint_seconds: an evaluation is followed by a checkpoint if so many seconds have passed since the last.
     """
 
     iterations: int
@@ -82,8 +82,8 @@ def make_plan(search: Search, layers: Sequence[Layer], directory: Path | None) -
     for layer in layers:
         if not layer.remaining(search.rounds):
             raise ValueError(
-                f"rounds: after {search.rounds} rounds at rate {layer.rate} nothing would be left of layer {layer.name!r}, "
-                f"which has {layer.blocks} block(s) of {layer.block[0]}x{layer.block[1]}"
+                f"rounds: after {search.rounds} rounds at rate {layer.rate} nothing would be left of layer "
+                f"{layer.name!r}, which has {layer.blocks} block(s) of {layer.block[0]}x{layer.block[1]}"
             )
     stages = [
         _planned(search, layers, Stage(replicate, number, branch))

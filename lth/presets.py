@@ -1,4 +1,4 @@
-"""Presets of `lth run`: the settings of LeNet on the small MNIST, and what each other preset does differently, and why."""
+"""Presets of `lth run`: the settings of LeNet on the small MNIST, and what every other preset does differently."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ PRESETS: Mapping[str, Settings] = {
     "lenet": Settings(),
     "lenet-wide": Settings(
         network="lenet-wide",
-        exempt="output",  # ten rows: a block of them would cut an input off from every class, and they cost next to nothing
+        exempt="output",  # ten rows: a block of them would cut an input off from every class, and they cost little
         iterations=1500,  # a step costs 14 times that of LeNet
         fc_rate=0.5,  # 3 % in five rounds
         rounds=5,

@@ -1,7 +1,8 @@
 """Which weights remain: masks by magnitude, by block, at random, in exact counts. No training here, and no files.
 
-A layer's weight is seen as a matrix `[groups, out/groups, taps, in/groups]` (linear: groups = taps = 1), tiled into blocks
-(rows, cols) of [out/groups] × [in/groups]; see `lottery_kernels.Pattern`. Blocks are numbered by (group, block row, tap, block column).
+A layer's weight is seen as a matrix `[groups, out/groups, taps, in/groups]` (linear: groups = taps = 1), tiled into
+blocks (rows, cols) of [out/groups] × [in/groups]; see `lottery_kernels.Pattern`. Blocks are numbered by (group, block
+row, tap, block column).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def prunable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 def layers_of(model: nn.Module, rates: float | Mapping[str, float], block: Block = (1, 1)) -> list[Layer]:
-    """The layers to prune: all prunable ones at one rate, or those that `rates` names. Others are exempt and never counted."""
+    """The layers to prune: all prunable ones at one rate, or those that `rates` names. The others are never counted."""
     found = prunable(model)
     if not isinstance(rates, Mapping):
         rates = dict.fromkeys(found, rates)
@@ -78,7 +79,7 @@ def full_masks(layers: Sequence[Layer]) -> Masks:
 def by_magnitude(
     layers: Sequence[Layer], weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], rounds: int
 ) -> Masks:
-    """The masks after `rounds` rounds: of the blocks that `masks` leaves, those of the largest mean |weight|, layer by layer.
+    """The masks after `rounds` rounds: of the blocks that `masks` leaves, those of the largest mean |weight| a layer.
 
     Exactly `layer.remaining(rounds)` blocks remain of each layer; among equal scores the first in position goes first.
 

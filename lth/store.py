@@ -3,7 +3,8 @@
 ::
 
     RUN/
-      run.json                   format, settings (all that decides the bits), layers {name: {shape, weights, rate, block}}
+      run.json                   format, settings (all that decides the bits), layers {name: {shape, weights, rate,
+                                 block, blocks}}
       environment.jsonl          one line a start or resume: versions, device, threads, time
       replicate-0/
         initial.safetensors      θ0: every parameter and buffer, dense
@@ -18,21 +19,23 @@ A stage (one training: a round or a branch of one) is a folder of
 ==================== ==================================================================================================
 mask.safetensors     {layer: bool, dense shape}; True = remains. Layers are named by their module, as in run.json
 start.safetensors    only for a reinit: the new draw. All others start from initial (or rewind)
-kernels.json         how it runs, decided before the first step: {"layers": {layer: "sparse 1x1" or "dense masked"}, "reason",
-                     "choices", "sampled"}: choices as `lottery_kernels.choices` returns them, with a
+kernels.json         how it runs, decided before the first step: {"layers": {layer: "sparse 1x1" or "dense masked"},
+                     "reason", "choices", "sampled"}: choices as `lottery_kernels.choices` returns them, with a
                      reason for each layer; sampled as in result.json
-evaluations.jsonl    one line an evaluation: {"iteration", "val_loss", "val_accuracy", "test_…", "train_…"}; accuracies 0–1
+evaluations.jsonl    one line an evaluation: {"iteration", "val_loss", "val_accuracy", "test_…", "train_…"};
+                     accuracies 0–1
 checkpoint.pt        only while it trains: all that an exact continuation needs
 weights.safetensors  after the last step: every parameter and buffer, dense; pruned positions 0
 result.json          written last: a stage with it is finished, one without it is redone from its checkpoint
 ==================== ==================================================================================================
 
-``result.json`` holds ``replicate, round, branch, density, layers {layer: {"weights", "remaining"}}, start`` (iteration it
-started from), ``iterations`` (it ended at), ``evaluations`` (their count), ``early_stop`` and ``final`` (the evaluation records of the lowest ``val_loss`` and
-of the last iteration; null without evaluations; final also has ``train_accuracy_all``, over the whole training set),
-``kernels`` (as in kernels.json) and ``timing`` {``seconds`` of the whole stage, ``step_ms`` mean in the training loop,
-``sampled``: null or {``sparse_ms``, ``dense_ms``, ``speedup``, ``spread`` [lowest, highest ratio of the repeats]}, sampled side
-by side on copies; ``sparse_ms`` is the step as the stage ran it}.
+``result.json`` holds ``replicate, round, branch, density, layers {layer: {"weights", "remaining"}}, start`` (iteration
+it started from), ``iterations`` (it ended at), ``evaluations`` (their count), ``early_stop`` and ``final`` (the
+evaluation records of the lowest ``val_loss`` and of the last iteration; null without evaluations; final also has
+``train_accuracy_all``, over the whole training set), ``kernels`` (as in kernels.json) and ``timing`` {``seconds`` spent
+in steps, ``step_ms`` their mean, ``sampled``: null or {``sparse_ms``, ``dense_ms``, ``speedup``, ``spread`` [lowest,
+highest ratio of the repeats]}, sampled side by side on copies before the first step; ``sparse_ms`` is the step as the
+stage ran it}.
 Everything but ``timing`` is equal, bit for bit, between equal runs.
 """
 
@@ -240,7 +243,7 @@ class Run:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the folder `path` (made if need be) against a second process; the lock ends with the process, however it ends."""
+    """Holds the folder `path` (made if need be) against a second process; the lock ends with the process."""
     path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -100,25 +100,30 @@ def find_ticket(
     """Searches for a ticket: trains, prunes the smallest weights, rewinds the rest, and again.
 
     Args:
-        model: makes a model on its device, drawn from torch's generator; or a model, whose weights are θ0 (it is not changed;
-            new draws, for other replicates and reinit, call `reset_parameters()` of its modules).
-        data: tensors of equal length, of which `batch_size` rows a time are drawn in a new order every epoch; or a function
-            (iteration, seed) → batch of anything, that gives the same batch whenever it is called with the same numbers.
-        step: (model, batch) → loss or losses, a tensor or several. It leaves the gradients of the update in `.grad` and may
-            clip them; the driver checks the losses, steps the optimizers and schedulers, and clears the gradients.
+        model: makes a model on its device, drawn from torch's generator; or a model, whose weights are θ0 (it is not
+            changed; new draws, for other replicates and reinit, call `reset_parameters()` of its modules).
+        data: tensors of equal length, of which `batch_size` rows a time are drawn in a new order every epoch; or a
+            function (iteration, seed) → batch of anything, that gives the same batch whenever it is called with the
+            same numbers.
+        step: (model, batch) → loss or losses, a tensor or several. It leaves the gradients of the update in `.grad` and
+            may clip them; the driver checks the losses, steps the optimizers and schedulers, and clears the gradients.
             Unless kernels="dense" it is also called on copies, to time sparse against dense masked.
-        optimizer: model → an optimizer or several. Sparse layers hold `values` in the place of `weight`: take `parameters()`.
+        optimizer: model → an optimizer or several. Sparse layers hold `values` in the place of `weight`: take
+            `parameters()`.
         scheduler: optimizer (or the list of several) → a scheduler or several, stepped every iteration.
         evaluate: model → numbers, called every `eval_every` iterations; `val_loss` decides the early stop.
-        example: batch → what the model is called with; the first entry of a tuple unless given. Used by kernels="auto".
+        example: batch → what the model is called with; the first entry of a tuple unless given. For kernels="auto".
         out: the run's folder; without one, a temporary folder that lives as long as what is found.
         resume: continue what `out` holds.
         observer: hears how it goes.
-        **search: as in :class:`lth.plan.Search`: rounds, rate, block, rewind, branches, branch_rounds, replicates, seed,
-            eval_every, kernels, checkpoint_seconds.
+        **search: as in :class:`lth.plan.Search`: rounds, rate, block, rewind, branches, branch_rounds, replicates,
+            seed, eval_every, kernels, checkpoint_seconds.
 
     Raises:
-        ValueError: a setting that cannot be. RunError: the folder holds something else. Diverged: a loss was not finite.
+        ValueError: a setting that cannot be.
+        RunError: the folder holds something else.
+        Diverged: a loss was not finite.
+        DamagedFile: a file of the run to resume was truncated or altered.
     """
     batches = data if callable(data) else _batches(data, batch_size)
     task = Task(

@@ -15,7 +15,8 @@ def side_by_side(sparse: Callable[[], Any], dense: Callable[[], Any]) -> dict[st
     """Times two steps in turns; each is called with nothing and returns when its work is done.
 
     Returns:
-        medians `sparse_ms` and `dense_ms`, `speedup` = dense / sparse (median of the repeats' ratios), `spread` of the ratios.
+        medians `sparse_ms` and `dense_ms`; `speedup`, the median of the repeats' ratios dense / sparse; and their
+        `spread`, lowest and highest.
     """
     _seconds(sparse, 2)
     both = _seconds(sparse, 1) + min(_seconds(dense, 1), _seconds(dense, 1))

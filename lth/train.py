@@ -33,10 +33,10 @@ class Task:
     Attributes:
         model: makes a model, drawn from torch's generator, on its device. Called anew for every training.
         batches: (iteration, seed) → the batch of that iteration, a pure function of both, so that it can be resumed.
-        step: (model, batch) → loss or losses, after it has left the gradients of the update in `.grad`. The driver steps and
-            clears; the step may clip, scale, or run backward several times.
-        optimizers: model → optimizer or optimizers. Called on the model as it is trained: a layer that runs sparse holds
-            `values` in the place of `weight`, so collect from `parameters()`.
+        step: (model, batch) → loss or losses, after it has left the gradients of the update in `.grad`. The driver
+            steps and clears; the step may clip, scale, or run backward several times.
+        optimizers: model → optimizer or optimizers. Called on the model as it is trained: a layer that runs sparse
+            holds `values` in the place of `weight`, so collect from `parameters()`.
         schedulers: optimizers → schedulers that are stepped after every iteration.
         evaluate: model → numbers; `val_loss` decides the early stop. Called in eval mode, without gradients.
         conclude: model → more numbers, once, after the last iteration.
@@ -149,7 +149,7 @@ def train(
 
 
 def advance(task: Task, training: Training, order_seed: int, stage: object) -> None:
-    """One iteration. Raises :class:`Diverged`, which names `stage`, before a loss that is not finite updates anything."""
+    """One iteration. Raises :class:`Diverged`, naming `stage`, before a loss that is not finite updates anything."""
     losses = task.step(training.model, task.batches(training.iteration, order_seed))
     _require_finite(losses, training.iteration, stage)
     for optimizer in training.optimizers:

@@ -54,11 +54,11 @@ def searched(kernels: str, optimizer: str, dtype: torch.dtype, block: Block) -> 
 
 @pytest.mark.parametrize("block", [(1, 1), (4, 3), (5, 7)])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
 def test_sparse_and_dense_masked_take_the_same_path(
     dtype: torch.dtype, tolerance: float, optimizer: str, block: Block, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fp64: to rounding. fp32: to the drift that 200 steps make of rounding; twice what was seen."""
+    """To what 200 steps make of rounding: 8e-16 in fp64 and 4e-7 in fp32 were seen, in losses and weights of about 1."""
     monkeypatch.setattr("lth.driver.side_by_side", lambda sparse, dense: None)  # the steps on copies are no part of it
     (sparse, sparse_losses), (dense, dense_losses) = (
         searched(kernels, optimizer, dtype, block) for kernels in ("sparse", "dense")
