@@ -58,7 +58,7 @@ def searched(kernels: str, optimizer: str, dtype: torch.dtype, block: Block) -> 
 def test_sparse_and_dense_masked_take_the_same_path(
     dtype: torch.dtype, tolerance: float, optimizer: str, block: Block, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To what 200 steps make of rounding: 8e-16 in fp64 and 4e-7 in fp32 were seen, where losses and weights are ≈ 1."""
+    """To what 200 steps make of rounding: 8e-16 in fp64 and 4e-7 in fp32 were seen, where losses are about 1."""
     monkeypatch.setattr("lth.driver.side_by_side", lambda sparse, dense: None)  # the steps on copies are no part of it
     (sparse, sparse_losses), (dense, dense_losses) = (
         searched(kernels, optimizer, dtype, block) for kernels in ("sparse", "dense")
