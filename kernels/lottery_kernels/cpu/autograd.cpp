@@ -1,7 +1,5 @@
 // Gradients of the linear operators, for CPU and CUDA: autograd functions that call back through the dispatcher.
-#include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
+#include "autograd.h"
 
 namespace lottery {
 namespace {
@@ -11,12 +9,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-template <class Signature>
-const c10::TypedOperatorHandle<Signature>& handle(const char* name) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-  return op;
-}
-
 using LinearSignature = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, at::TensorList,
                                at::IntArrayRef);
 using DgradSignature = Tensor(const Tensor&, const Tensor&, at::TensorList, at::IntArrayRef);
@@ -24,16 +16,19 @@ using WgradSignature = Tensor(const Tensor&, const Tensor&, at::TensorList, at::
 
 Tensor call_linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, at::TensorList index,
                    at::IntArrayRef shape) {
-  return handle<LinearSignature>("lottery_kernels::linear").call(x, values, bias, index, shape);
+  static const auto op = find_operator<LinearSignature>("lottery_kernels::linear");
+  return op.call(x, values, bias, index, shape);
 }
 
 Tensor call_dgrad(const Tensor& dy, const Tensor& values, at::TensorList index, at::IntArrayRef shape) {
-  return handle<DgradSignature>("lottery_kernels::linear_dgrad").call(dy, values, index, shape);
+  static const auto op = find_operator<DgradSignature>("lottery_kernels::linear_dgrad");
+  return op.call(dy, values, index, shape);
 }
 
 Tensor call_wgrad(const Tensor& dy, const Tensor& x, at::TensorList index, at::IntArrayRef shape,
                   at::IntArrayRef block) {
-  return handle<WgradSignature>("lottery_kernels::linear_wgrad").call(dy, x, index, shape, block);
+  static const auto op = find_operator<WgradSignature>("lottery_kernels::linear_wgrad");
+  return op.call(dy, x, index, shape, block);
 }
 
 using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
@@ -42,12 +37,8 @@ using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, cons
 std::tuple<Tensor, Tensor, Tensor> call_backward(const Tensor& dy, const Tensor& x, const Tensor& values,
                                                  at::TensorList index, at::IntArrayRef shape,
                                                  std::array<bool, 3> wanted) {
-  return handle<BackwardSignature>("lottery_kernels::linear_backward").call(dy, x, values, index, shape, wanted);
-}
-
-// (r, c) of values [nnz, r, c], whose nnz may be symbolic while torch.compile traces.
-std::array<int64_t, 2> block_of(const Tensor& values) {
-  return {values.sym_size(1).guard_int(__FILE__, __LINE__), values.sym_size(2).guard_int(__FILE__, __LINE__)};
+  static const auto op = find_operator<BackwardSignature>("lottery_kernels::linear_backward");
+  return op.call(dy, x, values, index, shape, wanted);
 }
 
 // Arguments that carry no gradient.

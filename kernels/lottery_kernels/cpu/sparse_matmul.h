@@ -160,20 +160,21 @@ inline void column_gradients(const Entries& e, int64_t column, const S* values, 
     for (int v = 0; v < V; ++v) dx[v] = sums[v];
 }
 
-// Gradient of one block [r, c]: to[i * c + j] = (add: +) dy row i · x row j over a panel of V vectors, in tiles of one
+// Gradient of one block [r, c]: to[i * c + j] = (add: +) dy row i · x row j over so many vectors, in tiles of one
 // vector of dots.
-template <class S, int V>
-inline void block_gradient(const S* dy, int64_t r, const S* x, int64_t c, int64_t row_stride, S* to, bool add) {
+template <class S>
+inline void block_gradient(const S* dy, int64_t dy_stride, int64_t r, const S* x, int64_t x_stride, int64_t c,
+                           int64_t vectors, S* to, bool add) {
   constexpr int L = kLanes<S>;
   constexpr int ROWS = L <= 4 ? 2 : 4;
   constexpr int COLS = L / ROWS;
   for (int64_t i = 0; i < r; i += ROWS) {
     for (int64_t j = 0; j < c; j += COLS) {
       const S *a[ROWS], *b[COLS];  // past the block: its last row, whose result is dropped
-      for (int m = 0; m < ROWS; ++m) a[m] = dy + std::min(i + m, r - 1) * row_stride;
-      for (int n = 0; n < COLS; ++n) b[n] = x + std::min(j + n, c - 1) * row_stride;
+      for (int m = 0; m < ROWS; ++m) a[m] = dy + std::min(i + m, r - 1) * dy_stride;
+      for (int n = 0; n < COLS; ++n) b[n] = x + std::min(j + n, c - 1) * x_stride;
       Vec<S> products[L] = {};
-      for (int t = 0; t < V * L; t += L) {
+      for (int64_t t = 0; t < vectors * L; t += L) {
         Vec<S> bv[COLS];
         for (int n = 0; n < COLS; ++n) bv[n] = load_once(b[n] + t);
         for (int m = 0; m < ROWS; ++m) {
@@ -195,6 +196,12 @@ inline void block_gradient(const S* dy, int64_t r, const S* x, int64_t c, int64_
       else write(rows, cols);
     }
   }
+}
+
+// The same over a panel of V vectors.
+template <class S, int V>
+inline void block_gradient(const S* dy, int64_t r, const S* x, int64_t c, int64_t row_stride, S* to, bool add) {
+  block_gradient<S>(dy, row_stride, r, x, row_stride, c, V, to, add);
 }
 
 }  // namespace lottery

@@ -1,0 +1,168 @@
+// Batch-innermost images: sources packed into panels, targets read and written a run of vectors at a time.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "conv_geometry.h"
+#include "vector.h"
+
+namespace lottery {
+
+// An activation [N, C, H, W] as it lies in memory: [C, H, W, N].
+template <class S>
+struct Image {
+  S* data;
+  int64_t channels, height, width, batch;
+
+  S* row(int64_t channel, int64_t y) const { return data + (channel * height + y) * width * batch; }
+};
+
+// Channels in groups, each padded to whole blocks: the padded number of channel c.
+struct ChannelGroups {
+  int64_t groups, size, padded_size;
+
+  int64_t padded(int64_t channel) const { return channel / size * padded_size + channel % size; }
+  int64_t padded_total() const { return groups * padded_size; }
+};
+
+// One tile of targets: batch entries [n0, n0 + chunk), rows [row, row_end), columns [col, col_end).
+struct Tile {
+  int64_t n0, row, row_end, col, col_end;
+};
+
+// The tiles of all targets: down the rows first, so that the next one shares sources with the last.
+struct Tiles {
+  Tiling tiling;
+  int64_t chunk, rows, cols, batch;  // of a tile: batch entries; of all targets: rows, columns, batch entries
+
+  int64_t down() const { return (rows + tiling.rows - 1) / tiling.rows; }
+  int64_t across() const { return (cols + tiling.cols - 1) / tiling.cols; }
+  int64_t count() const { return down() * across() * ((batch + chunk - 1) / chunk); }
+
+  Tile operator[](int64_t i) const {
+    const int64_t row = i % down() * tiling.rows, col = i / down() % across() * tiling.cols;
+    return {i / down() / across() * chunk, row, std::min(row + tiling.rows, rows), col,
+            std::min(col + tiling.cols, cols)};
+  }
+};
+
+// Packs the sources of tiles. The buffer is the thread's own and stays in its cache.
+template <class S>
+class SourcePanel {
+ public:
+  SourcePanel(const Image<const S>& x, const ChannelGroups& channels, const Axis& down, const Axis& across,
+              const Window& window, const Tiles& tiles)
+      : x_(x), channels_(channels), down_(down), across_(across), window_(window), chunk_(tiles.chunk),
+        used_rows_(down.walk), used_phases_(across.walk), buffer_(buffer(channels.padded_total() * window.plane)) {
+    for (int64_t tap = 0; tap < down.taps(); ++tap)
+      if (down.taken[tap]) used_rows_[(down.shift[tap] - window.lowest_row) % down.walk] = 1;
+    for (int64_t tap = 0; tap < across.taps(); ++tap)
+      if (across.taken[tap]) used_phases_[(across.shift[tap] - window.lowest_col) % across.walk] = 1;
+    if (channels.padded_size > channels.size)
+      std::memset(buffer_, 0, channels.padded_total() * window.plane * sizeof(S));
+  }
+
+  void pack(const Tile& tile) {
+    const int64_t top = down_.walk * tile.row + window_.lowest_row;
+    const int64_t begin = std::max<int64_t>(0, top);
+    const int64_t end = std::min(down_.sources, down_.walk * (tile.row_end - 1) + down_.span().second + 1);
+    const bool follows = tile.n0 == tile_.n0 && tile.col == tile_.col && begin >= begin_ && begin < end_;
+    const int64_t kept = follows ? end_ - begin : 0;
+    for (int64_t channel = 0; channel < x_.channels; ++channel) {
+      S* plane = buffer_ + channels_.padded(channel) * window_.plane;
+      if (kept > 0) std::memmove(plane, plane + (begin - begin_) * window_.row, kept * window_.row * sizeof(S));
+      for (int64_t row = begin + kept; row < end; ++row)
+        if (used_rows_[(row - top) % down_.walk]) pack_row(x_.row(channel, row), tile, plane + (row - begin) * window_.row);
+    }
+    tile_ = tile, begin_ = begin, end_ = std::max(begin, end);
+  }
+
+  // What offsets of the gather are added to, for row `t` of the targets.
+  const S* row(int64_t t) const { return buffer_ + (down_.walk * t - begin_) * window_.row; }
+
+ private:
+  static S* buffer(int64_t size) {
+    thread_local std::vector<S> held;
+    if (int64_t(held.size()) < size) held.resize(size);
+    return held.data();
+  }
+
+  void pack_row(const S* from, const Tile& tile, S* to) const {
+    const int64_t left = across_.walk * tile.col + window_.lowest_col;
+    const int64_t count = std::min(chunk_, x_.batch - tile.n0), slots = window_.slots;
+    for (int64_t phase = 0; phase < window_.phases; ++phase) {
+      if (!used_phases_[phase]) continue;
+      S* run = to + phase * window_.slots * chunk_;
+      // slots [first, last) lie inside the image
+      const int64_t walk = across_.walk, start = left + phase;
+      const int64_t first = std::clamp<int64_t>(start < 0 ? (-start + walk - 1) / walk : 0, 0, slots);
+      const int64_t last = std::clamp<int64_t>(start < x_.width ? (x_.width - start + walk - 1) / walk : 0, first, slots);
+      std::memset(run, 0, first * chunk_ * sizeof(S));
+      const S* source = from + (start + first * walk) * x_.batch + tile.n0;
+      if (walk == 1 && count == x_.batch && count == chunk_) {
+        std::memcpy(run + first * chunk_, source, (last - first) * chunk_ * sizeof(S));
+      } else {
+        for (int64_t slot = first; slot < last; ++slot, source += walk * x_.batch)
+          pack_chunk(source, count, run + slot * chunk_);
+      }
+      std::memset(run + last * chunk_, 0, (slots - last) * chunk_ * sizeof(S));
+    }
+  }
+
+  void pack_chunk(const S* from, int64_t count, S* to) const {
+    int64_t n = 0;
+    for (; n + kLanes<S> <= count; n += kLanes<S>) store(to + n, load(from + n));
+    if (n == chunk_) return;
+    std::memcpy(to + n, from + n, (count - n) * sizeof(S));
+    std::memset(to + count, 0, (chunk_ - count) * sizeof(S));
+  }
+
+  const Image<const S> x_;
+  const ChannelGroups channels_;
+  const Axis &down_, &across_;
+  const Window& window_;
+  const int64_t chunk_;
+  std::vector<char> used_rows_, used_phases_;
+  S* buffer_;
+  Tile tile_{-1, 0, 0, 0, 0};
+  int64_t begin_ = 0, end_ = 0;
+};
+
+// A row of targets within a tile, as a run of vectors: `vectors` for each position.
+template <class T>
+class TargetRow {
+  using S = std::remove_const_t<T>;
+
+ public:
+  TargetRow(T* begin, int64_t batch, int64_t step, int64_t vectors, int64_t left)
+      : begin_(begin), step_(step * batch), shift_(vectors == 4 ? 2 : vectors == 2 ? 1 : 0), left_(left) {}
+
+  // batch entries of vector v that exist
+  int64_t count(int64_t v) const { return left_ - part(v) * kLanes<S>; }
+
+  Vec<S> get(int64_t v) const {
+    if (count(v) >= kLanes<S>) return load(at(v));
+    S tail[kLanes<S>] = {};
+    if (count(v) > 0) std::memcpy(tail, at(v), count(v) * sizeof(S));
+    return load(tail);
+  }
+
+  void put(int64_t v, Vec<S> value) const {
+    if (count(v) >= kLanes<S>) store(at(v), value);
+    else if (count(v) > 0) std::memcpy(at(v), &value, count(v) * sizeof(S));
+  }
+
+ private:
+  int64_t part(int64_t v) const { return v & ((1 << shift_) - 1); }
+  T* at(int64_t v) const { return begin_ + (v >> shift_) * step_ + part(v) * kLanes<S>; }
+
+  T* begin_;
+  int64_t step_;
+  int shift_;
+  int64_t left_;
+};
+
+}  // namespace lottery
