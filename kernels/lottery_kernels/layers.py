@@ -373,7 +373,7 @@ def _check_mask(mask: Tensor, weight_shape: Sequence[int]) -> None:
 
 def refuse_inside_ddp(*parameters: nn.Parameter) -> None:
     """Raises RuntimeError if a DistributedDataParallel anywhere in the process holds one of `parameters`."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not (parameters and torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     ddp = nn.parallel.DistributedDataParallel
     for owner in [found for found in gc.get_objects() if issubclass(type(found), ddp)]:  # proxies would be looked into

@@ -38,6 +38,8 @@ def fastest(
     with undisturbed(model):
         inputs = _record_inputs(model, targets, example)
         reached = [i for i, target in enumerate(targets) if target.layer in inputs]
+        if not reached:
+            return [None] * len(targets)
         dense = {i: _dense_twin(targets[i]) for i in reached}
         sparse = {i: _sparse_twin(targets[i], patterns[i]) for i in reached}
         reasons, won = {}, set()
@@ -60,8 +62,7 @@ def _fastest_model(
     won: Collection[int],
 ) -> tuple[Collection[int], str]:
     """Which targets to make sparse, and why."""
-    candidates = {"all dense masked": set(), "mixed": set(won), "all sparse": set(sparse)}
-    distinct = {frozenset(chosen): name for name, chosen in reversed(candidates.items())}
+    distinct = {frozenset(won): "mixed", frozenset(sparse): "all sparse", frozenset[int](): "all dense masked"}
     places = surgery.places_of({target.layer for target in targets}, model)
 
     def step(chosen: frozenset[int]) -> Callable[[], None]:
@@ -102,8 +103,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for key, buffer in module._buffers.items()
         if buffer is not None
     ]
-    python, numpy, device = random.getstate(), np.random.get_state(), _device(model)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
         try:
             yield
         finally:

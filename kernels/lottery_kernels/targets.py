@@ -65,7 +65,8 @@ def find_targets(model: nn.Module, masks: Mapping[str, Tensor] | None) -> list[T
         if name not in masks:
             continue
         if module in found:  # shared, under another name
-            if not torch.equal(found[module].mask, masks[name]):
+            _check_mask(name, module, masks[name])
+            if not torch.equal(found[module].mask.cpu(), masks[name].cpu()):
                 raise ValueError(
                     f"masks gives {found[module].name!r} and {name!r} different masks, but they are one layer"
                 )
@@ -73,8 +74,9 @@ def find_targets(model: nn.Module, masks: Mapping[str, Tensor] | None) -> list[T
         _check_layer(name, module, owners)
         _check_mask(name, module, masks[name])
         found[module] = Target(name, module, masks[name])
-    refuse_inside_ddp(*(target.leaf for target in found.values()))
-    return list(found.values())
+    targets = list(found.values())
+    refuse_inside_ddp(*(target.leaf for target in targets))
+    return targets
 
 
 def check_bare(model: nn.Module) -> None:

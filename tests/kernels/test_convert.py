@@ -64,9 +64,9 @@ def test_training_on_with_a_repointed_optimizer_equals_dense_masked_training(blo
         torch.testing.assert_close(found[key], expected[key])
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-def test_torchvision_models_with_a_full_mask_equal_dense(name):
-    model = getattr(torchvision.models, name)(num_classes=7).double().eval()
+@pytest.mark.parametrize(("name", "options"), [("resnet18", {}), ("mobilenet_v2", {"width_mult": 0.25})])
+def test_torchvision_models_with_a_full_mask_equal_dense(name, options):
+    model = getattr(torchvision.models, name)(num_classes=7, **options).double().eval()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     expected = model(x)
     keys = model.state_dict().keys()

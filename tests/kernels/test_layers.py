@@ -64,6 +64,12 @@ def test_linear_takes_any_leading_shape(shape):
     assert_same_training(layer, dense_masked(layer), torch.randn(shape, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(("make", "shape"), LAYERS)
+def test_the_input_may_be_named(make, shape):
+    layer, x = make(), torch.randn(shape, dtype=torch.float64)
+    assert torch.equal(layer(input=x), layer(x))
+
+
 @pytest.mark.parametrize("shape", [(8, 6, 7), (0, 8, 6, 7), (1, 8, 3, 3)])
 def test_conv_takes_unbatched_images_and_empty_batches(shape):
     layer = sparse_conv()
