@@ -40,9 +40,12 @@ class Finding:
 def main(arguments: Sequence[str]) -> int:
     """The command. Returns 0 if the default `lth run` works here, else 1."""
 
-    def command(
-        build: bool = False,  # compile the C++ kernels now, if they are not yet
-    ) -> int:
+    def command(build: bool = False) -> int:
+        """Says what this machine has, and what each choice of lth run would use.
+
+        Args:
+            build: compile the C++ kernels now, if they are not yet.
+        """
         return doctor(build)
 
     return tyro.cli(command, prog="lth doctor", args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jinja2
 import tyro
@@ -38,15 +38,18 @@ class Read:
 def main(arguments: Sequence[str]) -> int:
     """The command. Returns its exit status."""
 
-    def command(
-        runs: tyro.conf.Positional[tuple[Path, ...]],  # folders of runs, finished or not; several are compared
-        out: Path | None = None,  # folder for page and pictures; default RUN/report, for several runs ./lth-report
-    ) -> int:
+    def command(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> int:
+        """Writes a page about runs, finished or not, and its pictures.
+
+        Args:
+            runs: folders of runs; several are compared.
+            out: folder for page and pictures; without it RUN/report, for several runs lth-report in this folder.
+        """
         page = report(runs, out)
         print(f"{page}, and {len(list(page.parent.glob('*.png')))} pictures beside it")
         return 0
 
-    return tyro.cli(Annotated[Any, command], prog="lth report", args=list(arguments))  # type: ignore[call-overload]
+    return tyro.cli(command, prog="lth report", args=list(arguments))
 
 
 def report(paths: Sequence[Path], out: Path | None = None) -> Path:

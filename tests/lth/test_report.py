@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from lth import plots
+from lth.cli import main
 from lth.files import DamagedFile
 from lth.findings import saved_sentence
 from lth.movement import movement
@@ -151,6 +152,22 @@ def test_several_runs_are_laid_over_each_other(tmp_path, undrawn, monkeypatch):
     assert (page.parent / "2-block-4x4-speed-up.png").exists()
     assert "block 1x1, block 4x4, block 16x16" in page.read_text()
     assert report([run.path for run in runs], tmp_path / "elsewhere").parent == tmp_path / "elsewhere"
+
+
+def test_the_command_says_where_the_page_is(tmp_path, undrawn, capsys):
+    run = write_run(tmp_path / "run", stages=1)
+    with pytest.raises(SystemExit) as exit:
+        main(["report", str(run.path), "--out", str(tmp_path / "page")])
+    assert exit.value.code == 0
+    assert str(tmp_path / "page" / "report.html") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "error"), [([], "runs: none was given"), (["nowhere"], "nowhere holds no run")])
+def test_the_command_explains_what_it_cannot_do(arguments, error, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["report", *arguments])
+    assert exit.value.code == 1
+    assert error in capsys.readouterr().err
 
 
 def test_labels_are_short_and_tell_runs_apart(tmp_path):
