@@ -69,12 +69,11 @@ void in_shares(int64_t work, const F& share) {
   });
 }
 
-// Panels as wide as two or four vectors: narrow ones where wide ones are too few to share out, or outgrow the cache.
+// Panels are as wide as four vectors, or two where the cache would not hold so much of `features`.
 template <class S>
-bool wide_panels(int64_t batch, int64_t features) {
+bool wide_panels(int64_t features) {
   constexpr int64_t kCache = 768 << 10;
-  constexpr int64_t T = 4 * kLanes<S>;
-  return batch > T / 2 * at::get_num_threads() && features * T * int64_t(sizeof(S)) <= kCache;
+  return features * 4 * kVectorBytes <= kCache;
 }
 
 template <class S, int V>
@@ -227,7 +226,7 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& values, const Wei
                               dvalues.defined() ? dvalues.mutable_data_ptr<S>() : nullptr,
                               dbias.defined() ? dbias.mutable_data_ptr<S>() : nullptr};
     const S* w = dx.defined() ? values.const_data_ptr<S>() : nullptr;
-    if (wide_panels<S>(from.batch, weight.out)) backward<S, 4>(from, x_from, w, weight, wanted);
+    if (wide_panels<S>(weight.out)) backward<S, 4>(from, x_from, w, weight, wanted);
     else backward<S, 2>(from, x_from, w, weight, wanted);
   });
 }
@@ -255,7 +254,7 @@ Tensor linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>
   Tensor y = empty_activation(x, weight.out);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lottery_kernels::linear", [&] {
     using S = scalar_t;
-    const auto run = wide_panels<S>(x.size(0), weight.in) ? forward<S, 4> : forward<S, 2>;
+    const auto run = wide_panels<S>(weight.in) ? forward<S, 4> : forward<S, 2>;
     run(read<S>(x), live.const_data_ptr<S>(), b.defined() ? b.const_data_ptr<S>() : nullptr, weight, written<S>(y));
   });
   return y;
