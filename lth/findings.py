@@ -36,6 +36,7 @@ def findings(results: Results) -> list[str]:
                 f"At {last.remaining:.3g} % a training step takes {sparse.mean:.3g} ms sparse and {dense.mean:.3g} ms "
                 f"dense masked: {last.mean:.2f}× (repeats from {line.lows[-1]:.2f}× to {line.highs[-1]:.2f}×)."
             )
+    said.append(_unsettled(results))
     said.append(saved_sentence(results.saved()))
     return [sentence for sentence in said if sentence]
 
@@ -118,6 +119,18 @@ def _ends(results: Results, number: int, who: str) -> str:
     return (
         f"{who} stops early at iteration {stop.mean:,.0f} with {early.mean:.2f} % test accuracy, "
         f"and ends at {final.mean:.2f} %."
+    )
+
+
+def _unsettled(results: Results) -> str:
+    """Trainings whose early stop lies at the end, where the lowest validation loss may not have been reached."""
+    judged = [r for r in results.all if r["early_stop"] is not None]
+    late = [r for r in judged if r["early_stop"]["iteration"] == r["iterations"]]
+    if not late:
+        return ""
+    return (
+        f"In {len(late)} of {len(judged)} trainings validation loss was lowest at the last iteration: it might have "
+        "fallen further, so their early stop is a lower bound."
     )
 
 

@@ -44,7 +44,9 @@ class Picture:
 
 def of_runs(runs: Mapping[str, Results]) -> list[Picture]:
     """The tickets of several runs, by their labels, in one picture a measure."""
-    caption = f"Tickets of {len(runs)} runs; means over replicates, bars from the lowest to the highest."
+    alone = all(len(results.replicates) == 1 for results in runs.values())
+    how = "one replicate each." if alone else "means over replicates, bars from the lowest to the highest."
+    caption = f"Tickets of {len(runs)} runs; {how}"
     found = [
         _drawn(f"compare-{name}", measure.name, measure.axis, plots.run_lines(runs, measure), CAPTIONS[name] + caption)
         for name, measure in MEASURES.items()
@@ -70,18 +72,22 @@ def of_learning(results: Results, evaluations: Evaluations) -> list[Picture]:
     judged = "test_accuracy" if "test_accuracy" in known else "val_accuracy"
     caption = "Means over replicates; a dot" if len(results.replicates) > 1 else "One replicate; a dot"
     caption += " at the early-stop iteration. The axis is cut to where the curves settle."
-    chosen = plots.chosen_rounds(results.rounds())
-    places = {number: i / max(len(chosen) - 1, 1) for i, number in enumerate(chosen)}
+    last = max(results.rounds())
     found = []
     for branch in results.branches:
+        rounds = plots.chosen_rounds(sorted({0, *results.rounds(branch)}))
         for key, axis in (
             (judged, f"{'test' if judged[0] == 't' else 'validation'} accuracy (%)"),
             ("val_loss", "validation loss"),
         ):
             curves = [
                 curve
-                for number, place in places.items()
-                if (curve := _curve(results, evaluations, branch if number else TICKET, number, key, place))
+                for number in rounds
+                if (
+                    curve := _curve(
+                        results, evaluations, branch if number else TICKET, number, key, number / max(last, 1)
+                    )
+                )
             ]
             if curves:
                 title = f"{capitalised(axis.removesuffix(' (%)'))}: {plots.BRANCH_NAMES[branch]}"

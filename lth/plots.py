@@ -82,7 +82,7 @@ class Line:
 class Curve:
     """A learning curve, the mean over replicates, with the point of early stopping."""
 
-    place: float  # among the densities shown, 0 the densest, 1 the sparsest: equal densities look equal in all pictures
+    place: float  # among the run's rounds, 0 the first, 1 the last: a round has its colour in all pictures
     remaining: float
     iterations: Sequence[int]
     values: Sequence[float]
@@ -181,9 +181,8 @@ def learning_curves(title: str, axis: str, curves: Sequence[Curve], *, rising: b
     """
     with mpl.rc_context(STYLE):
         figure, ax = _figure(title)
-        for curve in curves:
+        for curve, dash in zip(curves, DASHES, strict=False):
             shade = mpl.colormaps["viridis"](0.05 + 0.83 * curve.place)
-            dash = DASHES[round(curve.place * (len(DASHES) - 1))]
             x, y = np.array(curve.iterations), np.array(curve.values)
             ax.plot(x, y, color=shade, linestyle=dash, linewidth=1.6, label=f"{curve.remaining:.3g} %")
             if curve.early_stop is not None:

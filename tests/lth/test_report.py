@@ -16,7 +16,7 @@ from scipy import stats
 from lth import plots
 from lth.cli import main
 from lth.files import DamagedFile
-from lth.findings import saved_sentence
+from lth.findings import findings, saved_sentence
 from lth.movement import movement
 from lth.report import labels, report
 from lth.results import EARLY_ACCURACY, EARLY_ITERATION, Results, paired_interval, planned_stages
@@ -218,6 +218,12 @@ def test_a_diverged_number_is_no_value():
     results = Results([made_up_result(0, 0, early_stop={"iteration": float("nan")}), made_up_result(1, 0)])
     point = results.point(EARLY_ITERATION, 0)
     assert point is not None and point.values == {1: 500}
+
+
+def test_an_early_stop_at_the_end_is_called_a_lower_bound():
+    late = made_up_result(0, 0, early_stop={"iteration": 1000, "test_accuracy": 0.9})
+    assert any("In 1 of 2 trainings" in sentence for sentence in findings(Results([late, made_up_result(0, 1)])))
+    assert not any("lower bound" in sentence for sentence in findings(Results([made_up_result(0, 0)])))
 
 
 def test_savings_sum_over_trainings_and_a_branch_goes_by_its_ticket():
