@@ -14,6 +14,8 @@ from lth.events import Observer
 from lth.store import Run, RunError, Stage
 from tests.lth import tiny
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_killed_at_every_write_a_dense_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert "equal bits" in kill_and_resume(tmp_path, "dense", every=1)
@@ -25,8 +27,7 @@ def test_killed_at_writes_a_sparse_run_resumes_to_the_same_bits(tmp_path: Path) 
 
 def kill_and_resume(folder: Path, kernels: str, every: int) -> str:
     command = [sys.executable, "-m", "tests.lth.killed_runs", folder, kernels, str(every)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -48,6 +49,26 @@ def test_interrupted_between_checkpoints_it_resumes_to_the_same_bits(tmp_path: P
         tiny.search(out=tmp_path / "broken", iterations=12, observer=StopAt(Stage(0, 1), 9))
     tiny.search(out=tmp_path / "broken", iterations=12, resume=True)
     assert tiny.bits(tmp_path / "broken") == tiny.bits(tmp_path / "whole")
+
+
+def test_a_new_process_continues_with_the_same_bits(tmp_path: Path) -> None:
+    """What a process does at its first step, such as to load kernels, must not show in the bits."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = "kernels='sparse', iterations=12, optimizer=tiny.sgd"
+    in_new_process(
+        f"tiny.search(out={str(whole)!r}, {options})",
+        f"with pytest.raises(KeyboardInterrupt): tiny.search(out={str(broken)!r}, observer=StopAt(Stage(0, 1), 9), {options})",
+    )
+    in_new_process(f"tiny.search(out={str(broken)!r}, resume=True, {options})")
+    assert tiny.bits(broken) == tiny.bits(whole)
+
+
+def in_new_process(*statements: str) -> None:
+    program = "\n".join(
+        ["import torch", "torch.set_num_threads(1)", "from tests.lth.test_resume import *", *statements]
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
