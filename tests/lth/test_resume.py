@@ -55,9 +55,10 @@ def test_a_new_process_continues_with_the_same_bits(tmp_path: Path) -> None:
     """What a process does at its first step, such as to load kernels, must not show in the bits."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     options = "kernels='sparse', iterations=12, optimizer=tiny.sgd"
+    stopped = f"tiny.search(out={str(broken)!r}, observer=StopAt(Stage(0, 1), 9), {options})"
     in_new_process(
         f"tiny.search(out={str(whole)!r}, {options})",
-        f"with pytest.raises(KeyboardInterrupt): tiny.search(out={str(broken)!r}, observer=StopAt(Stage(0, 1), 9), {options})",
+        f"with pytest.raises(KeyboardInterrupt): {stopped}",
     )
     in_new_process(f"tiny.search(out={str(broken)!r}, resume=True, {options})")
     assert tiny.bits(broken) == tiny.bits(whole)
