@@ -1,4 +1,4 @@
-"""Shows a run while it goes: live on a terminal, in plain lines elsewhere; and the table of what it found."""
+"""Shows a run while it goes: live on a terminal, in plain lines elsewhere; at the end, the table of what it found."""
 
 from __future__ import annotations
 
@@ -16,42 +16,12 @@ from rich.text import Text
 
 from lth.events import Observer, Plan, PlannedStage
 from lth.findings import saved_sentence
-from lth.results import (
-    DENSE_MS,
-    EARLY_ACCURACY,
-    EARLY_ITERATION,
-    FINAL_ACCURACY,
-    GAP,
-    SPARSE_MS,
-    SPEEDUP,
-    STEP_MS,
-    Measure,
-    Result,
-    Results,
-    duration,
-)
+from lth.results import Result, Results, duration
 from lth.store import TICKET, Run, Stage
+from lth.tables import SHORT, finished_line, milliseconds, results_table
 
 REFRESH = 0.5  # seconds between two drawings on a terminal
 LINE = 10.0  # seconds between two lines elsewhere
-SHORT = {TICKET: "", "reinit": "reinit", "random": "random", "oneshot": "one-shot"}
-
-
-def milliseconds(value: float) -> str:
-    """About four digits: 0.464, 12.35, 1235."""
-    return f"{value:.{3 if value < 10 else 2 if value < 100 else 1 if value < 1000 else 0}f}"
-
-
-COLUMNS: Mapping[str, tuple[Measure, Callable[[float], str]]] = {
-    "early\nstop at": (EARLY_ITERATION, "{:,.0f}".format),
-    "test %\nthere": (EARLY_ACCURACY, "{:.2f}".format),
-    "test %\nat end": (FINAL_ACCURACY, "{:.2f}".format),
-    "train\n− test": (GAP, "{:.2f}".format),
-    "ms/step\nas run": (STEP_MS, milliseconds),
-    "sampled\nsparse": (SPARSE_MS, milliseconds),
-    "dense\nmasked": (DENSE_MS, milliseconds),
-    "speed\n-up": (SPEEDUP, "{:.2f}×".format),
-}
 
 
 class TimeLeft:
@@ -103,6 +73,7 @@ class Progress(Observer):
         self._record: Mapping[str, Any] = {}
         self._lowest: tuple[float, int] | None = None  # validation loss and its iteration
         self._results: dict[Stage, Result] = {}
+        self._headed: int | None = None  # the replicate whose table has begun
 
     def __enter__(self) -> Self:
         return self
@@ -148,12 +119,19 @@ class Progress(Observer):
     def stage_finished(self, stage: Stage, result: Mapping[str, Any]) -> None:
         self._results[stage] = result
         self._time_left.stage_finished(stage, self._clock() - self._began, self._iteration - self._began_at)
-        self._print(finished_line(self._where() if self._live else "  finished", Results([result])))
+        if self._live:
+            first = stage.replicate != self._headed
+            self._headed = stage.replicate
+            title = f"Replicate {stage.replicate + 1} of {self._replicates()}" if self._replicates() > 1 else None
+            self._console.print(results_table(Results([result]), title=title if first else None, header=first))
+        else:
+            self._print(f"  finished: {finished_line(result)}")
 
     def run_finished(self, directory: Path | None) -> None:
         self._stop()
         results = Results(self._results.values())
-        self._console.print(results_table(results))
+        count = len(results.replicates)
+        self._console.print(results_table(results, title=f"Means over {count} replicates" if count > 1 else None))
         self._console.print(saved_sentence(results.saved()), highlight=False)
 
     def note(self, text: str) -> None:
@@ -203,10 +181,12 @@ class Progress(Observer):
         if stage.branch != TICKET:
             parts.append(SHORT[stage.branch])
         parts.append(f"{100 * self._planned.density:.3g} % remain")
-        replicates = max(planned.stage.replicate for planned in stages) + 1
-        if replicates > 1:
-            parts.append(f"replicate {stage.replicate + 1} of {replicates}")
+        if self._replicates() > 1:
+            parts.append(f"replicate {stage.replicate + 1} of {self._replicates()}")
         return ", ".join(parts)
+
+    def _replicates(self) -> int:
+        return max(planned.stage.replicate for planned in self._plan.stages) + 1
 
     def _how(self) -> str:
         """Which layers run sparse."""
@@ -238,41 +218,6 @@ class Progress(Observer):
         assert self._planned is not None
         seconds = self._time_left.seconds(self._planned.stage, self._iteration, rate)
         return "" if seconds is None else f"{duration(seconds)} left"
-
-
-def results_table(results: Results) -> Table:
-    """A row a round and branch, means over the replicates; fits 80 columns."""
-    count = len(results.replicates)
-    table = Table(box=None, padding=(0, 0, 0, 1), title=f"Means over {count} replicates" if count > 1 else None)
-    table.add_column("round", justify="left", no_wrap=True)
-    table.add_column("% re-\nmain", justify="right", no_wrap=True)
-    for heading in COLUMNS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for number in dict.fromkeys(n for branch in results.branches for n in results.rounds(branch)):
-        for branch in results.branches:
-            if results.at(number, branch):
-                cells = (_cell(results, measure, form, number, branch) for measure, form in COLUMNS.values())
-                remaining = f"{results.remaining(number, branch):.3g}"
-                table.add_row(f"{number} {SHORT[branch]}".strip(), remaining, *cells)
-    return table
-
-
-def finished_line(start: str, results: Results) -> str:
-    """One finished stage in a line."""
-    (result,) = results.all
-    stop, early, final = (measure.of(result) for measure in (EARLY_ITERATION, EARLY_ACCURACY, FINAL_ACCURACY))
-    ms, speedup = STEP_MS.of(result), SPEEDUP.of(result)
-    parts = [
-        "" if stop is None else f"early stop at {stop:,.0f}" + ("" if early is None else f" with {early:.2f} %"),
-        "" if final is None else f"{final:.2f} % at the end",
-        "" if ms is None else f"{milliseconds(ms)} ms a step" + ("" if speedup is None else f" ({speedup:.2f}×)"),
-    ]
-    return f"{start}: " + ", ".join(part for part in parts if part)
-
-
-def _cell(results: Results, measure: Measure, form: Callable[[float], str], number: int, branch: str) -> str:
-    point = results.point(measure, number, branch)
-    return "–" if point is None else form(point.mean)
 
 
 def _bar(completed: float, total: float) -> ProgressBar:

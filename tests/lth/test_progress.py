@@ -1,6 +1,7 @@
 """What a run shows while it goes, and its table."""
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from rich.live import Live
 
 from lth.events import Plan
 from lth.plan import make_plan
-from lth.progress import REFRESH, Progress, TimeLeft, results_table
+from lth.progress import REFRESH, Progress, TimeLeft
 from lth.results import Results
 from lth.store import Stage
+from lth.tables import results_table
 from tests.lth.synthetic import ITERATIONS, layers_for, search_for, write_run
 
 
@@ -119,6 +121,15 @@ def test_a_resumed_run_counts_what_was_done_before(tmp_path):
     text = screen.file.getvalue()  # type: ignore[attr-defined]
     assert "2 of 2 trainings are done already" in text
     assert "81.3" in text and "1.08×" in text
+
+
+def test_a_terminal_gets_a_row_as_a_training_finishes_below_its_replicates_head(tmp_path):
+    text = shown_run(tmp_path / "run", console(terminal=True, width=80), rounds=1, replicates=2)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    places = [plain.index("Replicate 1 of 2"), plain.index("Replicate 2 of 2"), plain.index("Means over 2 replicates")]
+    assert places == sorted(places)
+    rows = [line.rstrip() for line in plain.splitlines() if line.startswith(" 1  ")]
+    assert len(rows) == 3 and len({len(row) for row in rows}) == 1, "rows of a replicate and of the means align"
 
 
 def test_time_left_goes_by_the_same_round_of_another_replicate():
