@@ -1,0 +1,271 @@
+"""Sparse linear layers on the CPU beside dense masked PyTorch: forward and backward, whole training steps, densities.
+
+    pytest benchmarks/bench_linear.py [--results FILE] [-k layer | step | density]
+
+Every figure stands beside a parity check against fp64 in the same run. Dense masked is weight × mask, then `F.linear`,
+eager and through torch.compile; the faster of the two is what a speed-up is over. SparseProp (ICML 2023), the best
+published sparse training on a CPU, runs too where it is installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.timing import Times, in_turns
+from lottery_kernels import SparseLinear
+
+BLOCKS = [(1, 1), (4, 4), (8, 8), (16, 16)]
+# (in, out, batch, first): a first layer reads rows of a data set and owes nobody a gradient of them
+SHAPES = [
+    (784, 300, 60, True),
+    (784, 300, 512, True),
+    (2048, 2048, 128, False),
+    (4096, 4096, 256, False),
+    (4608, 512, 512, False),
+]
+NETS = {
+    "LeNet-300-100, batch 60": ((784, 300, 100, 10), 60, 0.036),
+    "LeNet-300-100, batch 512": ((784, 300, 100, 10), 512, 0.036),
+    "784-2048-1024-10, batch 128": ((784, 2048, 1024, 10), 128, 0.032),
+}
+SWEEP = [1.0, 0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.036, 0.02, 0.01]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    torch.compiler.reset()
+
+
+def random_mask(out: int, inputs: int, density: float, block: tuple[int, int]) -> Tensor:
+    """Whole blocks, drawn at random; exactly `density` of them."""
+    rows, cols = -(-out // block[0]), -(-inputs // block[1])
+    live = torch.zeros(rows * cols, dtype=torch.bool)
+    live[torch.randperm(rows * cols)[: max(1, round(density * rows * cols))]] = True
+    mask = live.reshape(rows, cols).repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return mask[:out, :inputs].contiguous()
+
+
+class DenseMasked(nn.Linear):
+    """weight × mask in every forward, as `torch.nn.utils.prune` does."""
+
+    mask: Tensor
+
+    @classmethod
+    def of(cls, linear: nn.Linear, mask: Tensor) -> DenseMasked:
+        layer = cls(linear.in_features, linear.out_features)
+        layer.load_state_dict(linear.state_dict())
+        layer.register_buffer("mask", mask.to(linear.weight.dtype))
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+@dataclass
+class Problem:
+    """One layer: weight, mask, input and cotangent."""
+
+    inputs: int
+    out: int
+    batch: int
+    first: bool
+    density: float
+    block: tuple[int, int] = (1, 1)
+    linear: nn.Linear = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.linear = nn.Linear(self.inputs, self.out)
+        self.mask = random_mask(self.out, self.inputs, self.density, self.block)
+        self.x, self.dy = torch.randn(self.batch, self.inputs), torch.randn(self.batch, self.out)
+
+    @property
+    def flops(self) -> float:
+        """Of the live weights, forward and backward."""
+        return 2.0 * int(self.mask.sum()) * self.batch * (2 if self.first else 3)
+
+    def step(
+        self, layer: nn.Module, batch_innermost: bool = False, run: Callable | None = None
+    ) -> Callable[[], Tensor]:
+        """Forward and backward of a layer, in the layout that its neighbours would give it; returns y."""
+        x, dy = self.x.clone(), self.dy
+        if batch_innermost:
+            dy = dy.T.contiguous().T
+            x = x if self.first else x.T.contiguous().T
+        x.requires_grad_(not self.first)
+        run = layer if run is None else run
+
+        def step() -> Tensor:
+            x.grad = None
+            for parameter in layer.parameters():
+                parameter.grad = None
+            y = run(x)
+            y.backward(dy)
+            return y
+
+        step.x = x  # type: ignore[attr-defined]
+        return step
+
+    def check(self, layer: SparseLinear, step: Callable[[], Tensor]) -> None:
+        """y, dx and the gradients of values and bias, against fp64: close everywhere, and their root mean square error
+        at most twice that of dense masked fp32."""
+        exact, single = self._dense_gradients(torch.float64), self._dense_gradients(torch.float32)
+        y, dx = step().detach(), step.x.grad  # type: ignore[attr-defined]
+        found = [y, dx, layer.pattern.unpack(layer.values.grad), layer.bias.grad]
+        for ours, theirs, true in zip(found, single, exact, strict=True):
+            if true is not None:
+                torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
+                assert (ours - true).square().mean().sqrt() <= 2 * (theirs - true).square().mean().sqrt()
+
+    def _dense_gradients(self, dtype: torch.dtype) -> list[Tensor | None]:
+        layer = DenseMasked.of(self.linear, self.mask).to(dtype)
+        x = self.x.to(dtype).requires_grad_(not self.first)
+        y = layer(x)
+        y.backward(self.dy.to(dtype))
+        return [y.detach(), x.grad, layer.weight.grad, layer.bias.grad]
+
+    def steps(self) -> dict[str, Callable[[], Tensor]]:
+        """All contestants; parity of ours is checked first."""
+        sparse, masked = (
+            SparseLinear.from_dense(self.linear, self.mask, self.block),
+            DenseMasked.of(self.linear, self.mask),
+        )
+        ours = self.step(sparse, batch_innermost=True)
+        self.check(sparse, ours)
+        steps = {"sparse": ours, "eager": self.step(masked)}
+        steps["compiled"] = self.step(masked, run=torch.compile(masked))
+        if importlib.util.find_spec("sparseprop") and self.block == (1, 1):
+            steps["SparseProp"] = self.step(_sparseprop(self.linear, self.mask))
+        return steps
+
+
+def _sparseprop(linear: nn.Linear, mask: Tensor) -> nn.Module:
+    from sparseprop.modules import SparseLinear as SparsePropLinear
+
+    return SparsePropLinear(linear.weight.detach() * mask, nn.Parameter(linear.bias.detach().clone()))
+
+
+def dense_masked(times: dict[str, Times]) -> Times:
+    return min(times["eager"], times["compiled"], key=lambda kept: kept.median)
+
+
+def columns(times: dict[str, Times], flops: float) -> dict[str, str]:
+    """What a table shows of contestants that took turns."""
+    dense, sparse = dense_masked(times), times["sparse"]
+    row = {"dense masked, ms": f"{dense.median * 1e3:.3g}", "sparse, ms": f"{sparse.median * 1e3:.3g}"}
+    if flops:
+        row["GFLOP/s"] = f"{flops / sparse.median / 1e9:.0f}"
+    row["speed-up"] = str(sparse.speedup_over(dense))
+    if "SparseProp" in times:
+        row["SparseProp"] = str(times["SparseProp"].speedup_over(dense))
+    return row
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block[0]}x{block[1]}")
+@pytest.mark.parametrize("density", [0.036, 0.07])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}-{shape[1]}-b{shape[2]}")
+def test_layer(benchmark, tables, shape, density, block):
+    problem = Problem(*shape, density, block)
+    steps = problem.steps()
+    times = in_turns(steps)
+    row = columns(times, problem.flops)
+    title = "Forward and backward of one layer, fp32"
+    name = f"{shape[0]}→{shape[1]}, batch {shape[2]}"
+    tables.add(title, layer=name, remaining=f"{density:.1%}", block=f"{block[0]}×{block[1]}", **row)
+    benchmark.extra_info.update(row)
+    benchmark.pedantic(steps["sparse"], rounds=10, warmup_rounds=1)
+
+
+def network(
+    sizes: Sequence[int], make: Callable[[nn.Linear, Tensor], nn.Module], density: float, block: tuple[int, int]
+) -> nn.Module:
+    """Linear layers with ReLU between them; the same weights and masks for every `make`."""
+    torch.manual_seed(1)
+    drawn = [(nn.Linear(i, o), random_mask(o, i, density, block)) for i, o in itertools.pairwise(sizes)]
+    layers = [layer for linear, mask in drawn for layer in (make(linear, mask), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def training_step(net: nn.Module, x: Tensor, target: Tensor, run: Callable | None = None) -> Callable[[], Tensor]:
+    """zero_grad, forward, cross entropy, backward, fused Adam; returns the loss."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=1.2e-3, fused=True)
+    run = net if run is None else run
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(run(x), target)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block[0]}x{block[1]}")
+@pytest.mark.parametrize("name", NETS)
+def test_step(benchmark, tables, name, block):
+    sizes, batch, density = NETS[name]
+    x, target = torch.randn(batch, sizes[0]), torch.randint(sizes[-1], (batch,))
+    build = functools.partial(network, sizes, density=density, block=block)
+    sparse = functools.partial(SparseLinear.from_dense, block=block)
+
+    ours, exact = build(sparse), build(DenseMasked.of).double()
+    ours, exact = training_step(ours, x, target), training_step(exact, x.double(), target)
+    for _ in range(5):
+        assert abs(ours() - exact()) < 1e-5
+    masked, compiled = build(DenseMasked.of), build(DenseMasked.of)
+    steps = {
+        "sparse": training_step(build(sparse), x, target),
+        "eager": training_step(masked, x, target),
+        "compiled": training_step(compiled, x, target, torch.compile(compiled)),
+    }
+    row = columns(in_turns(steps, seconds=2.0), 0)
+    title = "Whole training step: zero_grad, forward, loss, backward, fused Adam"
+    tables.add(title, net=name, remaining=f"{density:.1%}", block=f"{block[0]}×{block[1]}", **row)
+    benchmark.extra_info.update(row)
+    benchmark.pedantic(steps["sparse"], rounds=10, warmup_rounds=1)
+
+
+def allocated(layer: SparseLinear, batch: int) -> dict[str, int]:
+    """Bytes by purpose: what training a sparse layer keeps, and what its kernels use while they run."""
+    values = layer.values.numel() * layer.values.element_size()
+    threads, lanes = torch.get_num_threads(), {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
+    panels = threads * 4 * lanes * max(layer.in_features, layer.out_features) * 4
+    index = sum(array.numel() * array.element_size() for array in layer.pattern.index)
+    return {"values": values, "gradient": values, "Adam": 2 * values, "index": index, "workspace": panels + values}
+
+
+@pytest.mark.parametrize("block", [(1, 1), (16, 16)], ids=lambda block: f"{block[0]}x{block[1]}")
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=lambda shape: f"{shape[0]}-{shape[1]}-b{shape[2]}")
+def test_density(benchmark, tables, shape, block):
+    won = []
+    for density in SWEEP:
+        problem = Problem(*shape, density, block)
+        steps = problem.steps()
+        steps.pop("SparseProp", None)
+        times = in_turns(steps, seconds=0.3)
+        layer = SparseLinear.from_dense(problem.linear, problem.mask, block)
+        sizes = allocated(layer, problem.batch)
+        if dense_masked(times).median > times["sparse"].median:
+            won.append(density)
+        dense_bytes = 5 * layer.in_features * layer.out_features * 4  # weight, mask, gradient, Adam's two
+        tables.add(
+            f"By density: {shape[0]}→{shape[1]}, batch {shape[2]}, blocks of {block[0]}×{block[1]}",
+            remaining=f"{density:.1%}",
+            **columns(times, problem.flops),
+            **{"KiB": sum(sizes.values()) // 1024, "of dense": f"{sum(sizes.values()) / dense_bytes:.0%}"},
+        )
+    row = {"faster than dense masked from": f"{max(won):.0%}" if won else "never"}
+    tables.add("Overtaking", layer=f"{shape[0]}→{shape[1]}, batch {shape[2]}", block=f"{block[0]}×{block[1]}", **row)
+    benchmark.extra_info.update(row)
+    benchmark.pedantic(steps["sparse"], rounds=10, warmup_rounds=1)
