@@ -136,7 +136,8 @@ def _unsettled(results: Results) -> str:
 
 def _claim(results: Results, name: str, other: str | None) -> str:
     differences = results.differences(EARLY_ACCURACY, other)
-    above, below = [d for d in differences if d.low > 0], [d for d in differences if d.high < 0]
+    above = [d for d in differences if d.shown and d.mean > 0]
+    below = [d for d in differences if d.shown and d.mean < 0]
     parts = [
         f"{word} accurate at " + ", ".join(f"{d.remaining:.3g}" for d in chosen) + " % remaining"
         for word, chosen in (("more", above), ("less", below))

@@ -116,9 +116,7 @@ def of_movement(moved: Movement, results: Results) -> list[Picture]:
         plots.Line.of(label, look, points) for (label, points), look in zip(groups, plots.LOOKS, strict=False) if points
     ]
     title = "Mean distance from θ₀ at the end of a round"
-    caption = (
-        "Weights in force in that round; after the last round all that remain count as kept. Bars over replicates."
-    )
+    caption = "Weights in force in that round; after the last round all that remain count as kept. "
     spread = (
         "Remaining weights at the end of the last round; pruned ones at the end of the round after which they were "
         f"pruned. {100 * moved.outside:.1f} % of the weights lie outside the axis."

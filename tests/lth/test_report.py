@@ -191,7 +191,7 @@ def test_nothing_is_claimed_with_one_replicate(tmp_path, undrawn):
 def test_claims_are_those_whose_interval_leaves_out_zero(run, page):
     differences = results_of(run).differences(EARLY_ACCURACY, "reinit")
     assert [d.round for d in differences] == [1, 2, 3]
-    shown = [f"{d.remaining:.3g}" for d in differences if d.low > 0]
+    shown = [f"{d.remaining:.3g}" for d in differences if d.low > 0 and d.shown]
     assert shown, "the made-up tickets are better, so some difference should show"
     assert f"Against random reinitialisation, at early stop, tickets are more accurate at {', '.join(shown)}" in (
         page.read_text().replace("\N{NO-BREAK SPACE}", " ")
@@ -212,6 +212,14 @@ def test_replicates_are_paired_and_a_lone_one_is_left_out():
     (difference,) = Results([*tickets, *controls]).differences(EARLY_ACCURACY, "reinit")
     assert (difference.pairs, difference.mean) == (2, pytest.approx(2.0))
     assert Results([*tickets, controls[0]]).differences(EARLY_ACCURACY, "reinit") == []
+
+
+def test_equal_differences_are_no_evidence():
+    results = [made_up_result(i, 1, early_stop={"test_accuracy": 0.5}) for i in (0, 1)]
+    results += [made_up_result(i, 1, "reinit", early_stop={"test_accuracy": 0.25}) for i in (0, 1)]
+    (difference,) = Results(results).differences(EARLY_ACCURACY, "reinit")
+    assert (difference.mean, difference.low, difference.high) == (25, 25, 25)
+    assert not difference.shown
 
 
 def test_a_diverged_number_is_no_value():
