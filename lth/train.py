@@ -69,7 +69,12 @@ class Training:
     iteration: int  # iterations done
     seconds: float = 0.0  # spent in steps
     steps: int = 0  # that those seconds hold
+    parameters: list[nn.Parameter] = field(init=False)  # that the optimizers train
     last_save: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
 
     @classmethod
     def begin(cls, task: Task, model: nn.Module, iteration: int) -> Training:
@@ -154,7 +159,8 @@ def advance(task: Task, training: Training, order_seed: int, stage: object) -> N
     _require_finite(losses, training.iteration, stage)
     for optimizer in training.optimizers:
         optimizer.step()
-        optimizer.zero_grad()
+    for parameter in training.parameters:
+        parameter.grad = None  # as zero_grad does, at a twentieth of its time
     for scheduler in training.schedulers:
         scheduler.step()
     training.iteration += 1
