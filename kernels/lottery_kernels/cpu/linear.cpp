@@ -4,6 +4,8 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <memory>
+
 #include "panel.h"
 #include "sparse_matmul.h"
 
@@ -72,7 +74,7 @@ void in_shares(int64_t work, const F& share) {
 // Panels are as wide as four vectors, or two where the cache would not hold so much of `features`.
 template <class S>
 bool wide_panels(int64_t features) {
-  constexpr int64_t kCache = 768 << 10;
+  constexpr int64_t kCache = 1280 << 10;
   return features * 4 * kVectorBytes <= kCache;
 }
 
@@ -207,10 +209,11 @@ template <class S, int V>
 void backward(const Activation<const S>& dy, const Activation<const S>& x, const S* values, const Weight& weight,
               const Gradients<S>& wanted) {
   const Panels<S, V * kLanes<S>> panels(dy, weight.rows.lines * weight.r);
-  std::vector<S> dots(wanted.dvalues && weight.r * weight.c == 1 ? weight.nnz() : 0);
+  const bool single = wanted.dvalues && weight.r * weight.c == 1;
+  const auto dots = std::make_unique_for_overwrite<S[]>(single ? weight.nnz() : 0);
   const int64_t cost = total_cost(weight.columns);
   in_shares(cost * panels.count() * weight.r * weight.c * V * 2, [&](int64_t i, int64_t n) {
-    ColumnShare<S, V>(panels, x, values, weight, wanted, dots.empty() ? nullptr : dots.data())
+    ColumnShare<S, V>(panels, x, values, weight, wanted, single ? dots.get() : nullptr)
         .run(line_at(weight.columns, cost * i / n), line_at(weight.columns, cost * (i + 1) / n), weight.out * i / n,
              weight.out * (i + 1) / n);
   });
