@@ -76,6 +76,7 @@ def refusal(target: Target, pattern: Pattern) -> str | None:
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         reason = gpu.why_off() or gpu.unsupported(dtype, pattern.block)
+        reason = reason or gpu.nothing_to_save(pattern.weight_shape, pattern.groups, dtype)
         if reason is not None:
             return reason
     if not operators._backend_serves(kind, device):

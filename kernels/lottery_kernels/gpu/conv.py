@@ -251,10 +251,13 @@ class Geometry(NamedTuple):
 
     def output(self, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
         """Height and width of the result of an image of `size`."""
-        return [
-            (size[i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i] - 1) - 1) // self.stride[i] + 1
-            for i in (0, 1)
-        ]
+        room = [size[i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i] - 1) - 1 for i in (0, 1)]
+        if min(room) < 0:
+            raise ValueError(
+                f"kernel {tuple(kernel)} with dilation {self.dilation} is larger than an image of {tuple(size)} with "
+                f"padding {self.padding}"
+            )
+        return [room[i] // self.stride[i] + 1 for i in (0, 1)]
 
 
 def conv2d(
@@ -269,6 +272,7 @@ def conv2d(
     groups: int = 1,
 ) -> Tensor:
     """y = x ∗ W + bias: `[N, in, H, W] -> [N, out, OH, OW]`, channels_last."""
+    _check_groups(pattern, groups)
     rest = (pattern.weight_shape, stride, padding, dilation, groups)
     return product(x, values, bias, pattern.scheduled_index, *rest)
 
@@ -285,6 +289,7 @@ def conv2d_dgrad(
     groups: int = 1,
 ) -> Tensor:
     """Gradient of `conv2d` in x: `[N, out, OH, OW] -> [N, in, H, W]`, channels_last."""
+    _check_groups(pattern, groups)
     rest = (pattern.weight_shape, x_shape, stride, padding, dilation, groups)
     return transposed_product(dy, values, pattern.scheduled_index, *rest)
 
@@ -300,6 +305,7 @@ def conv2d_wgrad(
     groups: int = 1,
 ) -> Tensor:
     """Gradient of `conv2d` in W at the live positions: `[nnz, r, c]`."""
+    _check_groups(pattern, groups)
     rest = (pattern.weight_shape, pattern.block, stride, padding, dilation, groups)
     return block_gradient(dy, x, pattern.scheduled_index, *rest)
 
@@ -318,7 +324,7 @@ def product(
     """`conv2d` on the arrays of a pattern."""
     arrays = Index.of(index)
     out, inputs = weight_shape[0], weight_shape[1] * groups
-    target = check(values, arrays, groups, x=(x, inputs), bias=(bias, out))
+    target = check(values, arrays, 4, groups, x=(x, inputs), bias=(bias, out))
     geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation))
     y = _empty(x, (x.shape[0], out, *geometry.output(x.shape[2:], weight_shape[2:])))
     if y.numel():
@@ -340,7 +346,7 @@ def transposed_product(
 ) -> Tensor:
     """`conv2d_dgrad` on the arrays of a pattern."""
     arrays = Index.of(index)
-    target = check(values, arrays, groups, dy=(dy, weight_shape[0]))
+    target = check(values, arrays, 4, groups, dy=(dy, weight_shape[0]))
     geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation))
     _check_output(dy, geometry.output(x_shape[2:], weight_shape[2:]))
     dx = _empty(dy, x_shape)
@@ -412,7 +418,7 @@ def block_gradient(
     arrays = Index.of(index)
     r, c = block
     dvalues = x.new_empty(arrays.nnz, r, c)
-    target = check(dvalues, arrays, groups, dy=(dy, weight_shape[0]), x=(x, weight_shape[1] * groups))
+    target = check(dvalues, arrays, 4, groups, dy=(dy, weight_shape[0]), x=(x, weight_shape[1] * groups))
     geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation))
     _check_output(dy, geometry.output(x.shape[2:], weight_shape[2:]))
     if arrays.nnz == 0:
@@ -482,6 +488,11 @@ def _phases(
 def _check_output(dy: Tensor, size: Sequence[int]) -> None:
     if list(dy.shape[2:]) != list(size):
         raise ValueError(f"dy has shape {tuple(dy.shape)}, a convolution of this x gives height and width {size}")
+
+
+def _check_groups(pattern: Pattern, groups: int) -> None:
+    if groups != pattern.groups:
+        raise ValueError(f"groups={groups}, but the pattern was made for {pattern.groups}")
 
 
 def _pair(sizes: Sequence[int]) -> tuple[int, int]:

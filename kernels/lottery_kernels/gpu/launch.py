@@ -47,13 +47,14 @@ class Index(NamedTuple):
         return self.col if self.alive is None else self.alive.view(torch.uint8)
 
 
-def check(values: Tensor, index: Index, groups: int = 1, **activations: tuple[Tensor | None, int]) -> Target:
+def check(values: Tensor, index: Index, dims: int, groups: int = 1, **activations: tuple[Tensor | None, int]) -> Target:
     """Raises unless all tensors fit together and this target can run the blocks; returns the target.
 
     Args:
         values: `[nnz, r, c]`.
+        dims: 2 for rows of features, 4 for images.
         groups: of a convolution; must divide the features of every activation.
-        activations: name = (tensor, its features). Features are the second dimension, of a bias the only one.
+        activations: name = (tensor, its features). Features are the second dimension, of `bias` the only one.
 
     Raises:
         TypeError: dtypes that differ. ValueError: devices that differ, a wrong shape, a block without a kernel.
@@ -69,10 +70,16 @@ def check(values: Tensor, index: Index, groups: int = 1, **activations: tuple[Te
             raise ValueError(f"{name} is on {tensor.device}, values are on {values.device}")
         if tensor.dtype != values.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype}, values have {values.dtype}")
+        if tensor.dim() != (1 if name == "bias" else dims):
+            raise ValueError(f"{name} has {tensor.dim()} dimensions, this takes {1 if name == 'bias' else dims}")
         if tensor.shape[min(1, tensor.dim() - 1)] != features:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the weight needs {features} features")
         if features % groups:
             raise ValueError(f"{name} has {features} features, which groups={groups} does not divide")
+    batches = {name: t.shape[0] for name, (t, _) in activations.items() if t is not None and name != "bias"}
+    if len(set(batches.values())) > 1:
+        (one, size), (other, size_too) = batches.items()
+        raise ValueError(f"{one} has {size} {'rows' if dims == 2 else 'images'}, {other} has {size_too}")
     target = Target.current()
     reason = unsupported(values.dtype, (values.shape[1], values.shape[2]), target)
     if reason:

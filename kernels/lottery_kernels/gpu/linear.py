@@ -205,7 +205,7 @@ def product(
 ) -> Tensor:
     """`linear` on the arrays of a pattern."""
     arrays = Index.of(index)
-    target = check(values, arrays, x=(x, weight_shape[1]), bias=(bias, weight_shape[0]))
+    target = check(values, arrays, 2, x=(x, weight_shape[1]), bias=(bias, weight_shape[0]))
     r, c = values.shape[1:]
     y = x.new_empty(x.shape[0], weight_shape[0])
     lines = (arrays.row_ptr, arrays.col, None, arrays.row_order)
@@ -216,7 +216,7 @@ def product(
 def transposed_product(dy: Tensor, values: Tensor, index: Sequence[Tensor], weight_shape: Sequence[int]) -> Tensor:
     """`linear_dgrad` on the arrays of a pattern."""
     arrays = Index.of(index)
-    target = check(values, arrays, dy=(dy, weight_shape[0]))
+    target = check(values, arrays, 2, dy=(dy, weight_shape[0]))
     r, c = values.shape[1:]
     dx = dy.new_empty(dy.shape[0], weight_shape[1])
     lines = (arrays.t_ptr, arrays.t_row, arrays.t_index, arrays.column_order)
@@ -273,7 +273,7 @@ def block_gradient(
     out, width = weight_shape[:2]
     r, c = block
     dvalues = x.new_empty(arrays.nnz, r, c)
-    target = check(dvalues, arrays, dy=(dy, out), x=(x, width))
+    target = check(dvalues, arrays, 2, dy=(dy, out), x=(x, width))
     if arrays.nnz == 0:
         return dvalues
     dy, x = row_major(dy), row_major(x)

@@ -85,23 +85,37 @@ def product_tile(rows: int, cols: int, depth: int, dtype: torch.dtype, precision
     """Forward and dgrad: `rows` activations, blocks that are `depth` deep and give `cols` columns."""
     tall = max(16, min(128, _power_of_two(rows)))
     if dtype == torch.float32 and precision == "ieee":  # no tensor cores: the tile lives in registers
-        return Tile(min(tall, 64), min(cols, 64), min(depth, 32), 4, 2)
+        return Tile(min(tall, 64), min(cols, 64), min(depth, 32), 4, 2 if target.backend == "hip" else 3)
     wide = min(cols, 128)
     step = min(depth, 32 if dtype == torch.float32 else 64)
+    if wide <= 32 and rows >= 4096 and dtype.itemsize == 2:  # narrow blocks: more rows for what a program does once
+        tall = 256
     warps = 8 if tall * wide > 128 * 64 else 4
-    stages = 2 if target.backend == "hip" else 3 if step * (tall + wide) * dtype.itemsize > 24576 else 4
-    return Tile(tall, wide, step, warps, stages)
+    if _multiplies_by_warp(target):
+        if tall * wide <= 128 * 32 and tall * step <= 128 * 64:
+            warps = 2
+        elif step == 16 and wide == 64:
+            tall = min(tall, 64)  # with 128 ptxas spills
+    stages = 4 if dtype.itemsize == 2 and step * (tall + wide) * 2 <= 24576 else 3
+    return Tile(tall, wide, step, warps, 2 if target.backend == "hip" else stages)
 
 
 def wgrad_tile(block: tuple[int, int], dtype: torch.dtype, precision: str, target: Target) -> Tile:
     """wgrad: a program sums one block, or a part of it, `rows` activations a step."""
     if dtype == torch.float32 and precision == "ieee":
-        return Tile(32, min(block[0], 64), min(block[1], 64), 4, 2)
+        return Tile(32, min(block[0], 64), min(block[1], 64), 4, 2 if target.backend == "hip" else 3)
     high, wide = block
-    warps = 8 if high * wide > 64 * 128 else 4 if high * wide >= 32 * 32 else 2
-    rows = 32 if dtype == torch.float32 else 64
-    stages = 2 if target.backend == "hip" else 3 if rows * (high + wide) * dtype.itemsize > 24576 else 4
-    return Tile(rows, high, wide, warps, stages)
+    area = high * wide
+    # Few warps share a small block: each loads operands of its own. From 64 rows on four warps can multiply together.
+    warps = 8 if area > 64 * 128 else 4 if area >= 64 * 64 or high >= 64 else 2 if area >= 32 * 32 else 1
+    rows = (32 if dtype == torch.float32 else 64) * (2 if area <= 32 * 32 else 1)
+    stages = 4 if dtype.itemsize == 2 and rows * (high + wide) * 2 <= 24576 else 3
+    return Tile(rows, high, wide, warps, 2 if target.backend == "hip" else stages)
+
+
+def _multiplies_by_warp(target: Target) -> bool:
+    """Whether each warp multiplies alone (mma.sync); on sm_90 (wgmma) and sm_100 (tcgen05) four do together."""
+    return target.backend == "cuda" and int(target.arch) // 10 not in (9, 10)
 
 
 def wgrad_split(programs: int, size: int, step: int, target: Target) -> tuple[int, int]:

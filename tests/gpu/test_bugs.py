@@ -1,0 +1,92 @@
+"""Bugs planted into the kernels, or into their compiled code, are noticed by the tests' equipment."""
+
+import re
+
+import pytest
+
+from lottery_kernels.gpu import conv, linear
+from tests.gpuless.driver import stand_in
+from tests.gpuless.memory import Fault
+from tests.gpuless.mutate import planted
+
+from .cases import Layer, as_tensor_core, check
+
+pytestmark = pytest.mark.usefixtures("nan_filled")
+LINEAR = Layer("fp16", (32, 32), (80, 112), 100, density=0.6, fine=True)
+CUT = Layer("fp16", (32, 32), (64, 64), 1200, density=0.6, fine=True)  # wgrad in two phases
+CONV = Layer("fp16", (16, 16), (40, 24, 3, 3), 2, (6, 7), (2, 1), (1, 1), density=0.5, fine=True)
+# where: what is wrong -> (right, wrong, the result that it spoils)
+BUGS = {
+    (linear, "linear_product_kernel"): {
+        "tail mask dropped": ("TAIL_K else None", "False else None", "y"),
+        "rows stored behind the last": ("(o_m < M)", "(o_m >= 0)", "y"),
+        "columns stored behind the last": ("(o_y < N)[None, :]", "(o_y >= 0)[None, :]", "y"),
+        "rows not clamped": ("tl.minimum(o_m, M - 1)", "o_m", "y"),
+        "line overrun by an entry": ("end * PER_BLOCK)", "(end + 1) * PER_BLOCK)", "y"),
+        "last block skipped": ("end * PER_BLOCK)", "(end - 1) * PER_BLOCK)", "y"),
+        "index of the step before": ("(i + 1) // PER_BLOCK", "i // PER_BLOCK", "y"),
+        "all lines written as the first": ("o_y = i_line * BLOCK_N + o_n", "o_y = o_n", "y"),
+        "bias forgotten": ("if HAS_BIAS:", "if False:", "y"),
+        "transposed index not used": ("tl.load(entry_ptr + following) if INDEXED else following", "following", "dx"),
+        "values not transposed": ("o_k[:, None] * STEP_K + o_n[None", "o_k[:, None] * STEP_N + o_n[None", "dx"),
+    },
+    (linear, "linear_wgrad_kernel"): {
+        "end of a part ignored": ("last = tl.minimum(first + part, M)", "last = M", "dvalues"),
+        "tail of the batch not masked": ("(m + o_m < last)", "(m + o_m >= 0)", "dvalues"),
+        "parts written over each other": ("tl.cast(i_part, tl.int64) * nnz", "0 * nnz", "dvalues"),
+        "columns taken for rows": ("tl.load(row_ptr + i_entry) * R", "tl.load(col_ptr + i_entry) * R", "dvalues"),
+    },
+    (linear, "add_parts_kernel"): {
+        "a part left out of the sum": ("range(PARTS)", "range(PARTS - 1)", "dvalues"),
+        "dead positions not zero": ("if HAS_ALIVE:", "if False:", "dvalues"),
+    },
+    (conv, "conv2d_product_kernel"): {
+        "border of the image not masked": ("(at_w >= 0)", "(at_w >= -9)", "y"),
+        "tap shifted the wrong way": ("shift_h = tap // KW * dilation_h", "shift_h = -(tap // KW) * dilation_h", "y"),
+        "phase of a stride forgotten": ("o_i * stride_h + phase_h", "o_i * stride_h", "dx"),
+        "entries of another phase": ("i_phase * lines + i_line + 1", "lines + i_line + 1", "dx"),
+    },
+    (conv, "conv2d_wgrad_kernel"): {
+        "stride ignored": ("// YW * stride_h + shift_h", "// YW + shift_h", "dvalues"),
+        "channels not masked": ("if TAIL:", "if False:", "dvalues"),
+    },
+}
+EDITS = {
+    "wait for copies dropped": lambda ptx: re.sub(r"cp\.async\.wait_group[^;]*;", "", ptx),
+    "wait for copies weakened": lambda ptx: re.sub(r"(wait_group\s+)(\d+)", lambda m: m[1] + str(int(m[2]) + 2), ptx),
+    "swizzle wrong": lambda ptx: ptx.replace("xor.b32", "or.b32", 1),
+}
+
+
+def caught(layer: Layer, result: str, gpu: str = "sm_80", **options) -> bool:
+    exact, torchs = layer.dense(lambda t: t.double())[result], as_tensor_core(layer)[result]
+    with stand_in(gpu, **options):
+        try:
+            check(layer.sparse()[result](), exact, torchs, "")
+        except (Fault, AssertionError):
+            return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("module", "kernel", "right", "wrong", "result"),
+    [pytest.param(*where, *bug, id=name) for where, bugs in BUGS.items() for name, bug in bugs.items()],
+)
+def test_bugs_in_the_source_are_caught(module, kernel, right, wrong, result):
+    layer = CONV if module is conv else CUT if result == "dvalues" else LINEAR
+    with planted(module, kernel, right, wrong):
+        assert caught(layer, result)
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+def test_bugs_in_the_compiled_code_are_caught(gpu, edit):
+    layer = Layer("fp16", (64, 64), (64, 512), 64, density=1.0)
+    assert caught(layer, "y", gpu, edit=edit)
+    assert not caught(layer, "y", gpu)
+
+
+@pytest.mark.parametrize("layer", [LINEAR, CUT, CONV], ids=["linear", "cut", "conv2d"])
+@pytest.mark.parametrize("result", ["y", "dx", "dvalues"])
+def test_without_a_bug_nothing_is_caught(layer, result):
+    assert not caught(layer, result)

@@ -1,0 +1,105 @@
+"""The kernels on a card.
+
+pytest -m gpu
+compute-sanitizer --tool memcheck python -m pytest -m gpu -k random      # also: racecheck, initcheck, synccheck
+"""
+
+import pytest
+import torch
+
+from lottery_kernels import SparseConv2d, SparseLinear, sparsify
+
+from .cases import BLOCKS, PRECISIONS, Layer, check, draw, precision
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: these kernels run on none here"),
+    pytest.mark.usefixtures("nan_filled"),
+]
+
+
+def check_layer(layer: Layer) -> None:
+    """Forward, dgrad and wgrad against fp64, and as exact as torch's own operators on the same card."""
+    with precision(layer.precision):
+        exact = layer.dense(lambda t: t.double(), "cuda")
+        torchs = layer.dense(lambda t: t.clone(), "cuda")
+        for name, compute in layer.sparse("cuda").items():
+            check(compute(), exact[name], torchs[name], f"{name} of {layer}")
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_random_layers(kind, name):
+    for seed in range(30):
+        check_layer(draw(kind, name, seed))
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("rows", BLOCKS)
+@pytest.mark.parametrize("cols", BLOCKS)
+def test_every_block(name, rows, cols):
+    check_layer(Layer(name, (rows, cols), (384, 256), 300))
+    check_layer(Layer(name, (rows, cols), (256, 128, 3, 3), 8, (14, 14), padding=(1, 1)))
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    conv = SparseConv2d(32, 64, 3, padding=1, mask=Layer("fp32", (32, 32), (64, 32, 3, 3), 1).mask(), block=(32, 32))
+    linear = SparseLinear(64, 32, mask=Layer("fp32", (16, 16), (32, 64), 1).mask(), block=(16, 16))
+    pool = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    return torch.nn.Sequential(conv, torch.nn.ReLU(), pool, linear).cuda()
+
+
+def gradients(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = model(x).float().square().mean()
+    loss.backward()
+    return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+def test_same_bits_every_time():
+    model, x = network(), torch.randn(16, 32, 12, 12, device="cuda")
+    for first, second in zip(gradients(model, x), gradients(model, x), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_a_captured_step_replays_to_the_same_bits():
+    model, x = network(), torch.randn(16, 32, 12, 12, device="cuda")
+    expected = gradients(model, x)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradients(model, x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(model, x)
+    graph.replay()
+    for one, other in zip(expected, captured, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_compiles_without_a_graph_break():
+    model, x = network(), torch.randn(16, 32, 12, 12, device="cuda")
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
+
+
+def test_gradients_of_gradients():
+    layer = SparseLinear(64, 48, mask=Layer("fp32", (16, 16), (48, 64), 1).mask(), block=(16, 16)).cuda()
+    dense = layer.to_dense()
+    x = torch.randn(20, 64, device="cuda", requires_grad=True)
+    twice = []
+    for module in (layer, dense):
+        (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        twice.append(torch.autograd.grad(dx.square().sum(), x)[0])
+    torch.testing.assert_close(*twice)
+
+
+def test_sparsify_says_why_a_layer_stays_dense():
+    dense = torch.nn.Sequential(torch.nn.Linear(64, 64)).cuda()
+    choices = []
+    sparsify(
+        dense, {"0": torch.rand(64, 64) < 0.05}, block=(16, 16), when=lambda *given: choices.append(given) or False
+    )
+    assert choices and type(dense[0]) is torch.nn.Linear

@@ -1,0 +1,78 @@
+"""Results of the compiled kernels, launched by the project's own code and executed by the emulator."""
+
+import pytest
+
+from tests.gpuless.driver import stand_in
+
+from .cases import PRECISIONS, Layer, as_tensor_core, check, draw, precision
+
+GPUS = pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
+pytestmark = pytest.mark.usefixtures("nan_filled")
+SEEDS = 2  # random layers of each kind, target and precision in every run; the long sweep goes on from there
+LONG_SWEEP = 25
+
+
+def check_layer(layer: Layer, gpu: str) -> None:
+    """Forward, dgrad and wgrad of `layer` on `gpu` against fp64, and as exact as torch's own operators."""
+    exact, torchs = layer.dense(lambda t: t.double()), as_tensor_core(layer)
+    with stand_in(gpu), precision(layer.precision):
+        for name, compute in layer.sparse().items():
+            check(compute(), exact[name], torchs[name], f"{name} on {gpu} of {layer}")
+
+
+@GPUS
+@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_random_layers(gpu, name, kind):
+    for seed in range(SEEDS):
+        check_layer(draw(kind, name, seed), gpu)
+
+
+@pytest.mark.matrix
+@GPUS
+@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+@pytest.mark.parametrize("seed", range(SEEDS, SEEDS + LONG_SWEEP))
+def test_more_random_layers(gpu, name, kind, seed):
+    check_layer(draw(kind, name, seed), gpu)
+
+
+@GPUS
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_all_pruned_and_full(gpu, kind, density):
+    image = (5, 6) if kind == "conv2d" else None
+    shape = (48, 32, 3, 3) if image else (48, 80)
+    check_layer(Layer("fp16", (32, 16), shape, 3, image, padding=(1, 1), density=density), gpu)
+
+
+def test_the_batch_is_cut_where_few_blocks_are_live():
+    """Two phases: partial sums of parts of the batch, then their sum in a fixed order, the same bits every time."""
+    layer = Layer("bf16", (32, 32), (64, 64), 1200, density=0.5, fine=True)
+    check_layer(layer, "sm_90")
+    with stand_in("sm_90") as gpu:
+        compute = layer.sparse()["dvalues"]
+        assert (compute() == compute()).all()
+    assert [launch.name for launch in gpu.launches[:2]] == ["linear_wgrad_kernel", "add_parts_kernel"]
+    assert gpu.launches[0].grid[0] > layer.pattern().nnz
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1), (2, 2)])
+def test_matrix_instructions_are_proportional_to_live_blocks(stride):
+    """In every pass of a convolution no tap and no block is computed that is not live, with strides neither."""
+    layers = [
+        Layer("fp16", (32, 32), (64, 64, 3, 3), 2, (8, 8), stride, padding=(1, 1), density=density)
+        for density in (0.2, 1.0)
+    ]
+    counts = []
+    for layer in layers:
+        with stand_in("sm_80", races=False) as gpu:
+            for compute in layer.sparse().values():
+                compute()
+        counts.append([launch.counts["mma"] for launch in gpu.launches if launch.counts["mma"]])
+    few, all_ = (layer.pattern().nnz for layer in layers)
+    assert 0 < few < all_ == 36
+    if stride == (1, 1):
+        assert [some * all_ for some in counts[0]] == [full * few for full in counts[1]]
+    else:  # each tap is seen by one phase of dgrad, which all have equally many pixels here
+        assert [some * all_ for some in counts[0]] == [full * few for full in counts[1]]
