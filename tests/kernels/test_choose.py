@@ -220,7 +220,8 @@ def test_measuring_disturbs_nothing(kernels_everywhere, mode, pruned):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     identities = [id(tensor) for tensor in [*model.parameters(), *model.buffers()]]
-    layers, modes = list(model.modules()), [module.training for module in model.modules()]
+    layers, kinds = list(model.modules()), [type(module) for module in model.modules()]
+    modes = [module.training for module in layers]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
 
     def fail(*_):
@@ -237,6 +238,7 @@ def test_measuring_disturbs_nothing(kernels_everywhere, mode, pruned):
     assert x.grad is None
     assert [id(tensor) for tensor in [*model.parameters(), *model.buffers()]] == identities
     assert list(model.modules()) == layers
+    assert [type(module) for module in layers] == kinds
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
