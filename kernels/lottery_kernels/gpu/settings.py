@@ -92,8 +92,8 @@ def product_tile(rows: int, cols: int, depth: int, dtype: torch.dtype, precision
         tall = 256
     warps = 8 if tall * wide > 128 * 64 else 4
     if _multiplies_by_warp(target):
-        if tall * wide <= 128 * 32 and tall * step <= 128 * 64:
-            warps = 2
+        if dtype.itemsize == 2 and tall * wide <= 128 * 32 and tall * step <= 128 * 64:
+            warps = 2  # of fp32 their operands would spill
         elif step == 16 and wide == 64:
             tall = min(tall, 64)  # with 128 ptxas spills
     stages = 4 if dtype.itemsize == 2 and step * (tall + wide) * 2 <= 24576 else 3
