@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "sparse_matmul.h"
@@ -112,7 +113,7 @@ struct Gather {
   Gather(const Entries& e, int64_t groups, int64_t others, int64_t depth, const Axis& down, const Axis& across,
          const Window& window, int64_t chunk)
       : taps_down(down.taps()), ptr(e.lines * down.taps() + 1), offset(e.nnz()), position(e.nnz()) {
-    const int64_t width = across.taps(), taps = taps_down * width, lines_per_group = e.lines / std::max<int64_t>(1, groups);
+    const int64_t width = across.taps(), taps = taps_down * width, lines_per_group = e.lines / groups;
     std::vector<int64_t> at(taps);  // offset of each tap
     for (int64_t tap = 0; tap < taps; ++tap)
       at[tap] = down.shift[tap / width] * window.row + window.column_slot(across.shift[tap % width]) * chunk;

@@ -75,7 +75,10 @@ class SourcePanel {
       S* plane = buffer_ + channels_.padded(channel) * window_.plane;
       if (kept > 0) std::memmove(plane, plane + (begin - begin_) * window_.row, kept * window_.row * sizeof(S));
       for (int64_t row = begin + kept; row < end; ++row)
-        if (used_rows_[(row - top) % down_.walk]) pack_row(x_.row(channel, row), tile, plane + (row - begin) * window_.row);
+        if (used_rows_[(row - top) % down_.walk]) {
+          if (channel + kAhead < x_.channels) prefetch_row(x_.row(channel + kAhead, row), tile);
+          pack_row(x_.row(channel, row), tile, plane + (row - begin) * window_.row);
+        }
     }
     tile_ = tile, begin_ = begin, end_ = std::max(begin, end);
   }
@@ -84,6 +87,18 @@ class SourcePanel {
   const S* row(int64_t t) const { return buffer_ + (down_.walk * t - begin_) * window_.row; }
 
  private:
+  static constexpr int64_t kAhead = 2;  // channels: pieces are too short for the processor to foresee
+
+  // The part of a row of sources that `pack_row` reads.
+  void prefetch_row(const S* from, const Tile& tile) const {
+    const int64_t left = across_.walk * tile.col + window_.lowest_col;
+    const int64_t first = std::max<int64_t>(0, left);
+    const int64_t last = std::min(x_.width, left + window_.slots * across_.walk);
+    for (int64_t col = first; col < last; ++col)
+      for (int64_t n = 0; n < chunk_ && tile.n0 + n < x_.batch; n += kLanes<S>)
+        __builtin_prefetch(from + col * x_.batch + tile.n0 + n);
+  }
+
   static S* buffer(int64_t size) {
     thread_local std::vector<S> held;
     if (int64_t(held.size()) < size) held.resize(size);
@@ -99,7 +114,8 @@ class SourcePanel {
       // slots [first, last) lie inside the image
       const int64_t walk = across_.walk, start = left + phase;
       const int64_t first = std::clamp<int64_t>(start < 0 ? (-start + walk - 1) / walk : 0, 0, slots);
-      const int64_t last = std::clamp<int64_t>(start < x_.width ? (x_.width - start + walk - 1) / walk : 0, first, slots);
+      const int64_t inside = start < x_.width ? (x_.width - start + walk - 1) / walk : 0;
+      const int64_t last = std::clamp<int64_t>(inside, first, slots);
       std::memset(run, 0, first * chunk_ * sizeof(S));
       const S* source = from + (start + first * walk) * x_.batch + tile.n0;
       if (walk == 1 && count == x_.batch && count == chunk_) {
@@ -148,6 +164,12 @@ class TargetRow {
     S tail[kLanes<S>] = {};
     if (count(v) > 0) std::memcpy(tail, at(v), count(v) * sizeof(S));
     return load(tail);
+  }
+
+  // Fetches vectors [0, total) into the cache, to be read or (where T is not const) written soon.
+  void prefetch(int64_t total) const {
+    for (int64_t v = 0; v < total; ++v)
+      if (count(v) > 0) __builtin_prefetch(at(v), std::is_const_v<T> ? 0 : 1);
   }
 
   void put(int64_t v, Vec<S> value) const {

@@ -1,0 +1,144 @@
+// A pass over the tiles of a convolution's targets, and the sums of one line of live blocks in it.
+#pragma once
+
+#include <limits>
+#include <utility>
+
+#include "conv_geometry.h"
+#include "conv_panel.h"
+
+namespace lottery {
+
+// The channels of one line of blocks.
+struct LineChannels {
+  int64_t first, count;
+
+  LineChannels(const ChannelGroups& channels, int64_t depth, int64_t line) {
+    const int64_t lines = channels.padded_size / depth, within = line % lines * depth;
+    first = line / lines * channels.size + within;
+    count = std::min(depth, channels.size - within);
+  }
+};
+
+// What packing costs for each target of a tile: sources packed, dearer in shorter pieces, and rows
+// shared with the tile above, which are moved.
+inline double packing_cost(const Axis& down, const Window& window, const Tiling& tiling) {
+  const double row = double(window.phases * window.slots) / tiling.cols;
+  const double kept = std::max<int64_t>(0, window.rows - tiling.rows * down.walk);
+  return row * (down.walk * (1 + 1. / tiling.vectors) + 0.5 * kept / tiling.rows);
+}
+
+// The cheapest tiles whose panel fits the second-level cache and whose runs fill the registers.
+inline Tiling choose_tiling(const Axis& down, const Axis& across, int64_t channels, int64_t batch, int64_t lanes,
+                     int64_t bytes) {
+  constexpr int64_t kCache = 640 << 10, kVectors = 4;
+  Tiling best{1, 1, 1};
+  double best_cost = std::numeric_limits<double>::infinity();
+  for (int64_t vectors = kVectors; vectors >= 1; vectors /= 2) {
+    if (vectors > 1 && vectors * lanes >= 2 * batch) continue;
+    for (int64_t parts = 1; parts <= across.targets; parts *= 2) {
+      Tiling tiling{1, (across.targets + parts - 1) / parts, vectors};
+      if (parts > 1 && tiling.cols * vectors < 8) break;
+      const auto fits = [&](int64_t rows) {
+        return channels * Window(down, across, {rows, tiling.cols, vectors}, lanes).plane * bytes <= kCache;
+      };
+      const double overflow = fits(1) ? 0 : 100. * tiling.cols * vectors;  // the smallest, if none fits
+      while (tiling.rows < down.targets && fits(tiling.rows + 1)) ++tiling.rows;
+      const int64_t tiles = (down.targets + tiling.rows - 1) / tiling.rows;
+      tiling.rows = (down.targets + tiles - 1) / tiles;
+      const double narrow = tiling.cols * vectors < 8 ? 8. / (tiling.cols * vectors) : 1;
+      const double cost = (packing_cost(down, Window(down, across, tiling, lanes), tiling) + overflow) * narrow;
+      if (cost < best_cost) best = tiling, best_cost = cost;
+    }
+  }
+  return best;
+}
+
+// A pass over all tiles of the targets of one gather.
+template <class S>
+struct Pass {
+  Axis down, across;
+  ChannelGroups source_channels, target_channels;
+  int64_t source_depth, target_depth;  // channels of a block
+  Image<const S> source;
+  Tiling tiling;
+  Tiles tiles;
+  Window window;
+  Gather gather;
+  std::vector<std::pair<int64_t, int64_t>> inside;  // rows of taps that read a source, by row of targets
+
+  Pass(const Axis& down, const Axis& across, const ChannelGroups& source_channels,
+       const ChannelGroups& target_channels, int64_t source_depth, int64_t target_depth, const Entries& entries,
+       const Image<const S>& source)
+      : down(down), across(across), source_channels(source_channels), target_channels(target_channels),
+        source_depth(source_depth), target_depth(target_depth), source(source),
+        tiling(choose_tiling(down, across, source_channels.padded_total(), source.batch, kLanes<S>, sizeof(S))),
+        tiles{tiling, tiling.vectors * kLanes<S>, down.targets, across.targets, source.batch},
+        window(down, across, tiling, kLanes<S>),
+        gather(entries, source_channels.groups, source_channels.padded_size / source_depth, source_depth, down, across,
+               window, tiles.chunk) {
+    for (int64_t t = 0; t < down.targets; ++t) inside.push_back(down.inside(t));
+  }
+
+  SourcePanel<S> panel() const { return {source, source_channels, down, across, window, tiles}; }
+
+  template <class T>
+  TargetRow<T> target(const Image<T>& image, int64_t channel, int64_t t, const Tile& tile) const {
+    T* begin = image.row(channel, down.first + down.step * t) + (across.first + across.step * tile.col) * image.batch;
+    return TargetRow<T>{begin + tile.n0, image.batch, across.step, tiling.vectors, image.batch - tile.n0};
+  }
+
+  int64_t run(const Tile& tile) const { return (tile.col_end - tile.col) * tiling.vectors; }
+};
+
+// Calls f(std::integral_constant<int, V>, v) for register tiles that cover vectors [0, total).
+template <int V, class F>
+inline void cover(int64_t total, const F& f, int64_t v = 0) {
+  for (; total - v >= V; v += V) f(std::integral_constant<int, V>{}, v);
+  if constexpr (V > 1) cover<V / 2>(total, f, v);
+}
+
+// Sums over the live blocks of one line, for one row of targets: those of channel `out` of the line begin with
+// `first(out)` and go to `targets[out]`.
+template <class S>
+class LineSums {
+ public:
+  LineSums(const Gather& gather, const S* values, const BlockShape& block, int64_t plane)
+      : gather_(gather), entries_(gather.entries()), values_(values), block_(block), plane_(plane) {}
+
+  template <class First, class Targets>
+  void run(int64_t k0, int64_t k1, const S* base, int64_t vectors, int64_t outs, const First& first,
+           const Targets& targets) const {
+    if (block_.size() == 1) return rows<1, 1>(k0, k1, base, vectors, 0, first, targets);
+    int64_t out = 0;
+    for (; outs - out >= 4; out += 4) rows<4, 0>(k0, k1, base, vectors, out, first, targets);
+    for (; outs - out >= 2; out += 2) rows<2, 0>(k0, k1, base, vectors, out, first, targets);
+    for (; outs - out >= 1; out += 1) rows<1, 0>(k0, k1, base, vectors, out, first, targets);
+  }
+
+ private:
+  template <int R, int INS, class First, class Targets>
+  void rows(int64_t k0, int64_t k1, const S* base, int64_t vectors, int64_t out, const First& first,
+            const Targets& targets) const {
+    cover<kRegisters / 2 / R>(vectors, [&]<int V>(std::integral_constant<int, V>, int64_t v) {
+      Vec<S> sums[R][V];
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < V; ++i) sums[r][i] = splat<S>(first(out + r));
+      const S* at = base + v * kLanes<S>;
+      multiply<S, R, V, INS>(sums, entries_, k0, k1, values_, block_, out, plane_,
+                             [&](int64_t k) { return at + gather_.offset[k]; });
+      for (int r = 0; r < R; ++r) {
+        const TargetRow<S> target = targets(out + r);
+        for (int i = 0; i < V; ++i) target.put(v + i, sums[r][i]);
+      }
+    });
+  }
+
+  const Gather& gather_;
+  Entries entries_;
+  const S* values_;
+  BlockShape block_;
+  int64_t plane_;
+};
+
+}  // namespace lottery

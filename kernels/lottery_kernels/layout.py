@@ -1,0 +1,112 @@
+"""Activations that stay batch-innermost through a whole model on a CPU.
+
+The CPU kernels return images `[N, C, H, W]` that lie in memory as `[C, H, W, N]`, and take such without a transpose.
+Elementwise operations, dropout, additions and flatten keep that layout. torch's BatchNorm and pooling do not, they
+convert; but they run natively on a permuted view: BatchNorm on `[1, C, H·W, N]`, contiguous, pooling on `[C, N, H, W]`,
+which is then channels_last. The classes here do that. Inputs in any other layout go the usual way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import operators
+
+
+def is_batch_innermost(x: Tensor) -> bool:
+    """Whether an image `[N, C, H, W]` lies in memory as `[C, H, W, N]`, and in no usual layout besides."""
+    return x.dim() == 4 and x.device.type == "cpu" and x.shape[0] > 1 and x.permute(1, 2, 3, 0).is_contiguous()
+
+
+class BatchInnermostBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` that keeps batch-innermost images so; in training by kernels of this package's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[N, C, H, W] -> [N, C, H, W]`."""
+        if not is_batch_innermost(input):
+            return super().forward(input)
+        n, c, h, w = input.shape
+        uses_batch = self.training or self.running_mean is None
+        if uses_batch and n * h * w > 1 and c == self.num_features and self._has_kernel(input):
+            return self._normalize(input)
+        y = super().forward(input.permute(1, 2, 3, 0).view(1, c, h * w, n))
+        return y.view(c, h, w, n).permute(3, 0, 1, 2)
+
+    def _has_kernel(self, input: Tensor) -> bool:
+        same = self.weight is None or self.weight.dtype == input.dtype
+        if not same or input.dtype not in (torch.float32, torch.float64):
+            return False
+        return operators._backend_serves("batch_norm", "cpu")
+
+    def _normalize(self, input: Tensor) -> Tensor:
+        y, mean, var = torch.ops.lottery_kernels.batch_norm(input, self.weight, self.bias, self.eps)
+        if self.training and self.running_mean is not None and self.running_var is not None:
+            factor = self.momentum
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+                factor = 1 / float(self.num_batches_tracked) if factor is None else factor
+            count = input.numel() // input.shape[1]
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, factor or 0.0)
+                self.running_var.lerp_(var * (count / (count - 1)), factor or 0.0)
+        return y
+
+
+class _BatchInnermostPool(nn.Module):
+    """Mixed into a pooling class: exchanges batch and channels, which pooling treats alike."""
+
+    def forward(self, input: Tensor) -> Any:
+        """`[N, C, H, W] -> [N, C, OH, OW]`, or a pair of such with `return_indices`."""
+        if not is_batch_innermost(input):
+            return super().forward(input)
+        result = super().forward(input.transpose(0, 1))
+        return tuple(part.transpose(0, 1) for part in result) if isinstance(result, tuple) else result.transpose(0, 1)
+
+
+class BatchInnermostMaxPool2d(_BatchInnermostPool, nn.MaxPool2d):
+    """`nn.MaxPool2d` that keeps batch-innermost images so."""
+
+
+class BatchInnermostAvgPool2d(_BatchInnermostPool, nn.AvgPool2d):
+    """`nn.AvgPool2d` that keeps batch-innermost images so."""
+
+
+class BatchInnermostAdaptiveAvgPool2d(_BatchInnermostPool, nn.AdaptiveAvgPool2d):
+    """`nn.AdaptiveAvgPool2d` that keeps batch-innermost images so."""
+
+
+class BatchInnermostAdaptiveMaxPool2d(_BatchInnermostPool, nn.AdaptiveMaxPool2d):
+    """`nn.AdaptiveMaxPool2d` that keeps batch-innermost images so."""
+
+
+_BATCH_INNERMOST: dict[type, type] = {
+    nn.BatchNorm2d: BatchInnermostBatchNorm2d,
+    nn.MaxPool2d: BatchInnermostMaxPool2d,
+    nn.AvgPool2d: BatchInnermostAvgPool2d,
+    nn.AdaptiveAvgPool2d: BatchInnermostAdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d: BatchInnermostAdaptiveMaxPool2d,
+}
+_USUAL = {batch_innermost: usual for usual, batch_innermost in _BATCH_INNERMOST.items()}
+
+
+def to_batch_innermost(model: nn.Module) -> nn.Module:
+    """Makes BatchNorm and pooling of a model keep batch-innermost images so, in place.
+
+    Modules only change their class, to a subclass: parameters, buffers, keys, hooks and mode are untouched. Subclasses
+    of a user's own are left alone.
+    """
+    return _change_classes(model, _BATCH_INNERMOST)
+
+
+def to_usual_layout(model: nn.Module) -> nn.Module:
+    """Undoes `to_batch_innermost`, in place."""
+    return _change_classes(model, _USUAL)
+
+
+def _change_classes(model: nn.Module, classes: dict[type, type]) -> nn.Module:
+    for module in model.modules():
+        module.__class__ = classes.get(type(module), type(module))
+    return model
