@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import masked, surgery
 from .choose import Block, When, choose
 from .layers import SparseConv2d, SparseLayer, SparseLinear, refuse_inside_ddp
+from .layout import to_batch_innermost, to_usual_layout
 from .optimizer_state import Move, prepare_moves, zero_pruned_by
 from .pattern import Pattern
 from .targets import KINDS, Target, check_bare, find_targets
@@ -29,6 +30,7 @@ def sparsify(
     Device, dtype, mode, trainability, gradients, hooks, the order of modules and sharing of a layer between several
     places stay. Biases stay the same `Parameter`. Layers left dense become (or stay) dense masked with
     `torch.nn.utils.prune`, so that the mask holds either way. Draws no random numbers. `choices` tells what was chosen.
+    Beside sparse convolutions on a CPU, BatchNorm and pooling become subclasses that keep their layout in memory.
 
     Only layers of exactly these two classes can be converted: a subclass may compute something else. Code that keeps a
     layer outside the module tree, in a plain list say, keeps the dense one.
@@ -75,7 +77,9 @@ def sparsify(
         elif not masked.prune_hooks(converted):
             masked.put_mask(converted, target.mask)
         vars(converted)[surgery.RECORD] = choice.record()
-    return surgery.install(sparse, surgery.places_of(sparse, model), model)
+    model = surgery.install(sparse, surgery.places_of(sparse, model), model)
+    convolutions = [layer for layer in sparse.values() if isinstance(layer, SparseConv2d)]
+    return to_batch_innermost(model) if any(not layer.values.is_cuda for layer in convolutions) else model
 
 
 @torch.no_grad()
@@ -113,7 +117,7 @@ def densify(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
         vars(masked_layer).pop(surgery.RECORD, None)
     for sparse_layer, plain in dense.items():
         surgery.take_over(sparse_layer, plain)
-    return surgery.install(dense, surgery.places_of(dense, model), model)
+    return to_usual_layout(surgery.install(dense, surgery.places_of(dense, model), model))
 
 
 def choices(model: nn.Module) -> dict[str, dict[str, Any]]:

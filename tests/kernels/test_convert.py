@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from lottery_kernels import SparseConv2d, SparseLinear, choices, dense_state_dict, densify, sparsify
+from lottery_kernels.layout import BatchInnermostBatchNorm2d
 from tests.kernels.nets import images, masked, random_masks, small_net, train
 
 BLOCKS = [(1, 1), (4, 4), "auto"]
@@ -136,6 +137,17 @@ def test_biases_stay_the_same_parameter_even_if_tied():
     assert model[0].bias is model[1].bias is bias
     densify(model)
     assert model[0].bias is model[1].bias is bias
+
+
+@pytest.mark.parametrize(("when", "swapped"), [("always", True), (lambda name, *_: name != "0", False)])
+def test_batch_norm_keeps_the_layout_of_sparse_convolutions(when, swapped):
+    model = small_net()
+    norm = model[1]
+    sparsify(model, random_masks(model), when=when)
+    assert model[1] is norm
+    assert isinstance(norm, BatchInnermostBatchNorm2d) == swapped
+    densify(model)
+    assert type(norm) is nn.BatchNorm2d
 
 
 def test_gradients_stay():
