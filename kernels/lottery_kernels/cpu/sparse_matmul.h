@@ -64,6 +64,10 @@ inline void multiply(Vec<S> (&sums)[R][V], const Entries& e, int64_t k0, int64_t
   }
 }
 
+// Terms that are added one by one; sums of so many are added in turn. The rounding error of a long row stays that of a
+// blocked dense product.
+constexpr int64_t kTerms = 32;
+
 // Outputs [out, out + R) of one line, PANEL vectors wide: `first(r)` is what a row of sums begins with, `write(r, row)`
 // takes a finished row.
 template <class S, int PANEL, int R, int INS, class Rows, class First, class Write>
@@ -71,15 +75,18 @@ inline void multiply_rows(const Entries& e, int64_t line, const S* values, const
                           int64_t row_stride, const Rows& rows, const First& first, const Write& write) {
   constexpr int FIT = kRegisters / 2 / R;  // the rest is for the source and the weights
   constexpr int V = PANEL <= FIT ? PANEL : FIT >= 4 ? 4 : FIT >= 2 ? 2 : 1;
+  const int64_t end = e.ptr[line + 1], run = INS ? kTerms / INS : std::max<int64_t>(1, kTerms / block.ins);
   Vec<S> done[R][PANEL];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < PANEL; ++v) done[r][v] = splat<S>(first(r));
   for (int tile = 0; tile < PANEL; tile += V) {
-    Vec<S> sums[R][V];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) sums[r][v] = splat<S>(first(r));
-    multiply<S, R, V, INS>(sums, e, e.ptr[line], e.ptr[line + 1], values, block, out, row_stride,
-                           [&](int64_t k) { return rows(k) + tile * kLanes<S>; });
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) done[r][tile + v] = sums[r][v];
+    for (int64_t k = e.ptr[line]; k < end; k += run) {
+      Vec<S> sums[R][V] = {};
+      multiply<S, R, V, INS>(sums, e, k, std::min(k + run, end), values, block, out, row_stride,
+                             [&](int64_t k) { return rows(k) + tile * kLanes<S>; });
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) done[r][tile + v] += sums[r][v];
+    }
   }
   for (int r = 0; r < R; ++r) write(r, done[r]);
 }
@@ -143,21 +150,26 @@ class DotProducts {
 template <class S, int V, bool DX, class Rows>
 inline void column_gradients(const Entries& e, int64_t column, const S* values, const Vec<S>* x, Vec<S>* dx,
                              DotProducts<S>& dots, const Rows& rows) {
-  Vec<S> sums[V] = {}, held[V];
+  Vec<S> held[V];
   for (int v = 0; v < V; ++v) held[v] = x[v];
-  for (int64_t k = e.ptr[column]; k < e.ptr[column + 1]; ++k) {
-    const S* dy = rows(k);
-    Vec<S> products = {};
-    const S w = DX ? values[e.at(k)] : S(0);
-    for (int v = 0; v < V; ++v) {
-      const Vec<S> g = DX ? load_once(dy + v * kLanes<S>) : load(dy + v * kLanes<S>);
-      products += g * held[v];
-      if (DX) sums[v] += w * g;
+  for (int v = 0; v < V; ++v) dx[v] = Vec<S>{};
+  const int64_t last = e.ptr[column + 1];
+  for (int64_t k = e.ptr[column]; k < last;) {
+    Vec<S> sums[V] = {};
+    for (const int64_t stop = std::min(k + kTerms, last); k < stop; ++k) {
+      const S* dy = rows(k);
+      Vec<S> products = {};
+      const S w = DX ? values[e.at(k)] : S(0);
+      for (int v = 0; v < V; ++v) {
+        const Vec<S> g = DX ? load_once(dy + v * kLanes<S>) : load(dy + v * kLanes<S>);
+        products += g * held[v];
+        if (DX) sums[v] += w * g;
+      }
+      dots.push(products);
     }
-    dots.push(products);
+    if (DX)
+      for (int v = 0; v < V; ++v) dx[v] += sums[v];
   }
-  if (DX)
-    for (int v = 0; v < V; ++v) dx[v] = sums[v];
 }
 
 // Gradient of one block [r, c]: to[i * c + j] = (add: +) dy row i · x row j over so many vectors, in tiles of one
