@@ -109,7 +109,8 @@ def _least_tile(row: Row) -> int:
     size = PRECISIONS[row.precision][0].itemsize
     if row.operator.endswith("wgrad"):
         return 32 * min(row.block) * size
-    return min(row.block[0], 64) * min(row.block[1], 64) * size
+    cols, depth = row.block if not row.operator.endswith("dgrad") else row.block[::-1]
+    return min(depth, 128 // size) * min(cols, 64) * size
 
 
 def read() -> dict[str, dict[str, str]]:
