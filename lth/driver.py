@@ -46,10 +46,6 @@ class Driver:
         stage, files = planned.stage, self.run.stage(planned.stage)
         weights, masks = self._start(stage, files), self._masks(stage, files)
         kernels = self._kernels(planned, files, weights, masks)
-        if any_sparse(kernels):
-            # A process loads sparse kernels at its first step, which may round another way than all later ones. This
-            # one is thrown away, so that it shows in no run, however often that is resumed.
-            self._stepper(planned, weights, masks, kernels)()
         model = mask_as_chosen(self._model(stage, weights), masks, kernels)
 
         seed_all(self._seed(stage, "training", stage.round, stage.branch))
