@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from lth.augment import Augmented
 from lth.data import Dataset, Examples
 from lth.models import Builder
+from lth.schedule import Schedule
 from lth.seeds import derive
 from lth.train import Task
 
@@ -49,9 +51,17 @@ def classification(
     batch_size: int,
     optimizer: Callable[[nn.Module], Optimizer],
     device: torch.device,
+    augment: Collection[str] = (),
+    schedule: Schedule | None = None,
 ) -> Task:
-    """The task of training `network` on `dataset`, whose tensors are on `device`."""
+    """The task of training `network` on `dataset`, whose tensors are on `device`.
+
+    Args:
+        augment: kinds of `lth.augment.Augmented`, of training batches only.
+        schedule: of the learning rate, which is constant without one.
+    """
     shape = dataset.train.x.shape[1:]
+    batches = Shuffled((dataset.train.x, dataset.train.y), batch_size)
     judged: Mapping[str, Examples] = {
         "val": dataset.validation,
         "test": dataset.test,
@@ -71,9 +81,10 @@ def classification(
 
     return Task(
         model=lambda: network(shape, dataset.classes).to(device),
-        batches=Shuffled((dataset.train.x, dataset.train.y), batch_size),
+        batches=Augmented(batches, augment) if augment else batches,
         step=cross_entropy_step,
         optimizers=optimizer,
+        schedulers=(schedule or Schedule()).schedulers,
         evaluate=evaluate,
         conclude=conclude,
     )

@@ -87,6 +87,8 @@ class Driver:
         if files.has_mask:
             return files.mask()
         masks = self._prune(stage)
+        if empty := [name for name, mask in masks.items() if not mask.any()]:
+            self.observer.note(f"{stage}: nothing is left of {', '.join(empty)}; what it gives on is its bias or 0")
         files.save_mask(masks)
         return masks
 
@@ -102,7 +104,7 @@ class Driver:
         before = self.run.stage(Stage(replicate, 0 if stage.branch == "oneshot" else number - 1))
         trained = before.weights()
         weights = {layer.name: trained[f"{layer.name}.weight"] for layer in self.layers}
-        return by_magnitude(self.layers, weights, before.mask(), number)
+        return by_magnitude(self.layers, weights, before.mask(), number, self.search.scope)
 
     def _kernels(
         self, planned: PlannedStage, files: StageFiles, weights: Mapping[str, Tensor], masks: Masks
