@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lth.cuda_graph import stepper
 from lth.events import Observer, Plan, PlannedStage
 from lth.masked import any_sparse, choose_kernels, dense_weights, densely, mask_as_chosen, unmasked
 from lth.plan import Search
@@ -18,7 +19,7 @@ from lth.prune import Layer, Masks, at_random, by_magnitude, density_of, full_ma
 from lth.seeds import derive, seed_all
 from lth.store import TICKET, Run, Stage, StageFiles
 from lth.timing import side_by_side
-from lth.train import Task, Training, advance, evaluating, synchronize, train
+from lth.train import Task, Training, evaluating, synchronize, train
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ class Driver:
         train(
             self.task,
             training,
+            stepper(self.task, training, self._seed(stage, "order"), stage),
             files,
             self.observer,
             iterations=planned.iterations,
-            order_seed=self._seed(stage, "order"),
             eval_every=self.search.eval_every,
             checkpoint_seconds=self.search.checkpoint_seconds,
             reached=self._snapshots(stage),
@@ -186,13 +187,13 @@ class Driver:
         """Does a training step of a copy when called."""
         model = mask_as_chosen(self._model(planned.stage, weights), masks, kernels)
         training = Training.begin(self.task, model, planned.start)
-        order_seed = self._seed(planned.stage, "order")
+        step = stepper(self.task, training, self._seed(planned.stage, "order"), f"{planned.stage}, timed on a copy")
 
-        def step() -> None:
-            advance(self.task, training, order_seed, f"{planned.stage}, timed on a copy")
+        def finished_step() -> None:
+            step()
             synchronize(model)
 
-        return step
+        return finished_step
 
     def _note_environment(self) -> None:
         here = {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "machine": platform.node()}

@@ -26,6 +26,7 @@ from lth.train import Task
 
 OPTIMIZERS = ("adam", "sgd")
 DEVICES = ("cpu", "cuda")
+PRECISIONS = ("auto", "fp32", "bf16")  # fp16 would need its loss scaled; bf16 has the range of fp32
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Settings:
     seed: int = 0
     eval_every: int = 100  # iterations between evaluations
     device: str = "cpu"  # cpu or cuda
+    precision: str = "auto"  # fp32, or bf16 by autocast, on a GPU only; auto: bf16 on a GPU, fp32 on the CPU
+    graph: bool = True  # a GPU's training step is captured whole in a CUDA graph and replayed
     kernels: str = "auto"  # auto measures once a round; sparse; dense (masked PyTorch)
 
 
@@ -156,20 +159,33 @@ def make(settings: Settings, data_dir: Path | None = None) -> tuple[Task, Search
         _check("augment", kind, kind in AUGMENTATIONS, ", ".join(AUGMENTATIONS))
     _check("optimizer", settings.optimizer, settings.optimizer in OPTIMIZERS, ", ".join(OPTIMIZERS))
     _check("device", settings.device, settings.device in DEVICES, ", ".join(DEVICES))
+    _check("precision", settings.precision, settings.precision in PRECISIONS, ", ".join(PRECISIONS))
     _check("learning_rate", settings.learning_rate, 0 < settings.learning_rate < float("inf"), "a positive number")
     _check("momentum", settings.momentum, 0 <= settings.momentum < 1, "0 to below 1")
     _check("weight_decay", settings.weight_decay, 0 <= settings.weight_decay < float("inf"), "0 or more")
     _check("batch", settings.batch, settings.batch >= 1, "at least 1")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: 'cuda', but PyTorch finds no CUDA device here; it takes cpu")
+    if settings.device == "cpu" and settings.precision == "bf16":
+        raise ValueError("precision: 'bf16', but the CPU's kernels know fp32 only; it takes auto or fp32")
     search = _search(settings)  # checks before the data is read
     schedule, shape = _schedule(settings), _image(settings.image)
     device = torch.device(settings.device)
     dataset = data.load(settings.data, data_dir)
     dataset = (data.fitted(dataset, shape) if shape else dataset).to(device)
     network: Any = partial(NETWORKS[settings.network], dropout=settings.dropout)
-    optimizer = partial(make_optimizer, settings)
-    task = classification(dataset, network, settings.batch, optimizer, device, augment, schedule)
+    on_gpu = settings.device == "cuda"
+    task = classification(
+        dataset,
+        network,
+        settings.batch,
+        partial(make_optimizer, settings),
+        device,
+        augment,
+        schedule,
+        autocast=torch.bfloat16 if on_gpu and settings.precision != "fp32" else None,
+        graph=settings.graph and on_gpu,
+    )
     search = replace(search, rate=_rates(settings, task.model()))
     return task, search, {**dataclasses.asdict(settings), **search.settings(), "data_sha256": dataset.digest}, dataset
 

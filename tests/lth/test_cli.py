@@ -107,6 +107,8 @@ def test_a_preset_is_named_first_or_last_and_options_override_it(capsys: pytest.
         (["--kernels", "best"], "kernels: 'best'; it takes auto, sparse, dense"),
         (["--track", "w&b"], "track: 'w&b'; it takes tensorboard"),
         (["--device", "tpu"], "device: 'tpu'; it takes cpu, cuda"),
+        (["--precision", "fp16"], "precision: 'fp16'; it takes auto, fp32, bf16"),
+        (["--precision", "bf16"], "precision: 'bf16', but the CPU's kernels know fp32 only; it takes auto or fp32"),
     ],
 )
 def test_what_cannot_be_ends_in_one_line_before_any_work(
