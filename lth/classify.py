@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from lth.augment import Augmented
 from lth.data import Dataset, Examples
 from lth.models import Builder
+from lth.schedule import Schedule
 from lth.seeds import derive
 from lth.train import Task
 
@@ -60,16 +62,21 @@ def classification(
     batch_size: int,
     optimizer: Callable[[nn.Module], Optimizer],
     device: torch.device,
+    augment: Collection[str] = (),
+    schedule: Schedule | None = None,
     autocast: torch.dtype | None = None,
     graph: bool = False,
 ) -> Task:
     """The task of training `network` on `dataset`, whose tensors are on `device`.
 
     Args:
+        augment: kinds of `lth.augment.Augmented`, of training batches only.
+        schedule: of the learning rate, which is constant without one.
         autocast: the type that networks compute in, training and judged; None: that of their weights.
         graph: whether a whole step is captured in a CUDA graph.
     """
     shape = dataset.train.x.shape[1:]
+    batches = Shuffled((dataset.train.x, dataset.train.y), batch_size)
     judged: Mapping[str, Examples] = {
         "val": dataset.validation,
         "test": dataset.test,
@@ -89,9 +96,10 @@ def classification(
 
     return Task(
         model=lambda: _placed(network(shape, dataset.classes), device),
-        batches=Shuffled((dataset.train.x, dataset.train.y), batch_size),
+        batches=Augmented(batches, augment) if augment else batches,
         step=partial(cross_entropy_step, autocast=autocast),
         optimizers=optimizer,
+        schedulers=(schedule or Schedule()).schedulers,
         evaluate=evaluate,
         conclude=conclude,
         graph=graph,

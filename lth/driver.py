@@ -47,10 +47,6 @@ class Driver:
         stage, files = planned.stage, self.run.stage(planned.stage)
         weights, masks = self._start(stage, files), self._masks(stage, files)
         kernels = self._kernels(planned, files, weights, masks)
-        if any_sparse(kernels):
-            # A process loads sparse kernels at its first step, which may round another way than all later ones. This
-            # one is thrown away, so that it shows in no run, however often that is resumed.
-            self._stepper(planned, weights, masks, kernels)()
         model = mask_as_chosen(self._model(stage, weights), masks, kernels)
 
         seed_all(self._seed(stage, "training", stage.round, stage.branch))
@@ -92,6 +88,8 @@ class Driver:
         if files.has_mask:
             return files.mask()
         masks = self._prune(stage)
+        if empty := [name for name, mask in masks.items() if not mask.any()]:
+            self.observer.note(f"{stage}: nothing is left of {', '.join(empty)}; what it gives on is its bias or 0")
         files.save_mask(masks)
         return masks
 
@@ -107,7 +105,7 @@ class Driver:
         before = self.run.stage(Stage(replicate, 0 if stage.branch == "oneshot" else number - 1))
         trained = before.weights()
         weights = {layer.name: trained[f"{layer.name}.weight"] for layer in self.layers}
-        return by_magnitude(self.layers, weights, before.mask(), number)
+        return by_magnitude(self.layers, weights, before.mask(), number, self.search.scope)
 
     def _kernels(
         self, planned: PlannedStage, files: StageFiles, weights: Mapping[str, Tensor], masks: Masks
