@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lth.data import sent
 from lth.seeds import derive
 
 AUGMENTATIONS = ("flip", "crop")
@@ -36,7 +37,7 @@ class Augmented:
             shifts.zero_()
         if "flip" not in self.kinds:
             mirrored.zero_()
-        return shifted_and_mirrored(x, shifts.to(x.device), mirrored.to(x.device)), *rest
+        return shifted_and_mirrored(x, sent(shifts, x.device), sent(mirrored, x.device)), *rest
 
 
 def shifted_and_mirrored(x: Tensor, shifts: Tensor, mirrored: Tensor) -> Tensor:

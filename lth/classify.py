@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lth.augment import Augmented
-from lth.data import Dataset, Examples
+from lth.data import Dataset, Examples, sent
 from lth.models import Builder
 from lth.schedule import Schedule
 from lth.seeds import derive
@@ -51,7 +51,7 @@ class Shuffled:
         epoch, position = divmod(iteration, count // self.batch_size)
         if self._order is None or self._order[0] != (seed, epoch):
             generator = torch.Generator().manual_seed(derive(seed, epoch))
-            order = torch.randperm(count, generator=generator).to(self.tensors[0].device)
+            order = sent(torch.randperm(count, generator=generator), self.tensors[0].device)
             self._order = (seed, epoch), order.split(self.batch_size)
         return self._order[1][position]
 

@@ -66,16 +66,14 @@ class Gate:
 
     @contextlib.contextmanager
     def held_shut(self) -> Iterator[None]:
-        """Whatever is judged meanwhile updates nothing, and is forgotten."""
+        """Whatever is judged meanwhile updates nothing, and is forgotten, unless it ends in an error."""
         self._open.zero_()
         if self._losses is not None:
             self._losses.fill_(torch.nan)
-        try:
-            yield
-        finally:
-            self._open.fill_(True)
-            self.shut.zero_()
-            self._steps_shut.zero_()
+        yield
+        self._open.fill_(True)
+        self.shut.zero_()
+        self._steps_shut.zero_()
 
 
 class GatedStep(Step):
@@ -227,14 +225,15 @@ def record(work: Callable[[], None]) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards the model's buffers and all random generators are as before."""
+    """Afterwards the model's buffers and all random generators are as before.
+
+    Not after an error: the training ends there, and after a capture that failed a generator cannot be set.
+    """
     buffers, random = [(buffer, buffer.clone()) for buffer in model.buffers()], random_state()
-    try:
-        yield
-    finally:
-        for buffer, value in buffers:
-            buffer.copy_(value)
-        restore_random_state(random)
+    yield
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    restore_random_state(random)
 
 
 def _make_gateable(optimizer: Optimizer) -> None:

@@ -117,6 +117,11 @@ def fitted(dataset: Dataset, shape: Sequence[int]) -> Dataset:
     return replace(dataset, train=fit(dataset.train), validation=fit(dataset.validation), test=fit(dataset.test))
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on a device; for a GPU's copy the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def available(name: str) -> str | None:
     """Where `load(name)` would read the set from without the network, or None."""
     if name == "mnist5k":

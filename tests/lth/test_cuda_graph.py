@@ -279,7 +279,10 @@ def test_a_search_takes_the_path_of_the_plain_loop(
 
 @pytest.mark.usefixtures("recorded_searches")
 def test_interrupted_between_checkpoints_it_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"optimizer": fused, "iterations": 12}
+    def scheduler(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iteration: 0.5 ** (iteration // 5))
+
+    options: dict[str, Any] = {"optimizer": fused, "scheduler": scheduler, "iterations": 12}
     tiny.search(out=tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
         tiny.search(out=tmp_path / "broken", observer=StopAt(Stage(0, 1), 9), **options)
