@@ -231,6 +231,8 @@ def conv2d_wgrad_kernel(
     BLOCKS_K: tl.constexpr = (K + C - 1) // C
     TAIL_N: tl.constexpr = N % R != 0
     TAIL_K: tl.constexpr = K % C != 0
+    PIXELS: tl.constexpr = YH * YW
+    ALIGNED: tl.constexpr = BM % YW == 0 and (BM % PIXELS == 0 or PIXELS % BM == 0)
     pid = tl.program_id(0)
     i_part = pid // (nnz * TILES)
     i_entry = pid % (nnz * TILES) // TILES
@@ -247,7 +249,8 @@ def conv2d_wgrad_kernel(
     shift_w = tap % KW * DILATION_W - PAD_W
     first = i_part * part
     last = tl.minimum(first + part, M)
-    o_rows = row_offsets(tl.arange(0, BM), GROUPS * N)
+    o_step = tl.arange(0, BM)
+    o_rows = row_offsets(o_step, GROUPS * N)
     # dy is read as its transpose: a tile that is transposed after it was loaded would not be copied asynchronously.
     p_dy = dy_ptr + first.to(tl.int64) * (GROUPS * N) + (o_rows[None, :] + (i_group * N + o_n)[:, None])
     p_x = x_ptr + (i_group * K + o_k)[None, :]
@@ -255,23 +258,27 @@ def conv2d_wgrad_kernel(
     m_k = (o_k < K)[None, :]
     b_dw = tl.zeros((BR, BC), dtype=tl.float32)
     for m in range(first, last, BM):
-        o_m = m + tl.arange(0, BM)
-        at_h = o_m % (YH * YW) // YW * STRIDE_H + shift_h
-        at_w = o_m % YW * STRIDE_W + shift_w
-        o_x = pixel_offsets(o_m // (YH * YW), at_h, at_w, XH, STRIDE_XN, STRIDE_XH, STRIDE_XW)
+        o_m = m + o_step
+        # A step of whole images, or of whole rows of one, has the same pixels every time, from another one on.
+        o_pixel = o_step if ALIGNED else o_m
+        begin_image = m // PIXELS if ALIGNED else 0
+        begin_h = (m % PIXELS // YW if ALIGNED else 0) * STRIDE_H + shift_h
+        o_h = o_pixel % PIXELS // YW * STRIDE_H
+        o_w = o_pixel % YW * STRIDE_W
+        o_x = pixel_offsets(o_pixel // PIXELS, o_h, o_w, XH, STRIDE_XN, STRIDE_XH, STRIDE_XW)
+        begin_x = tl.cast(begin_image, tl.int64) * STRIDE_XN + tl.cast(begin_h, tl.int64) * STRIDE_XH
+        p_pixel = p_x + o_x[:, None] + (begin_x + shift_w * STRIDE_XW)
         # A negative coordinate is a large unsigned one.
-        m_x = (at_h.to(tl.uint32) < XH) & (at_w.to(tl.uint32) < XW)
+        m_x = ((o_h + begin_h).to(tl.uint32) < XH) & ((o_w + shift_w).to(tl.uint32) < XW)
         if EVEN_M:
             b_dy = tl.load(p_dy, mask=m_n, other=0.0) if TAIL_N else tl.load(p_dy)  # [BR, BM]
         else:
-            m_x = m_x & (o_m < last)
             b_dy = tl.load(p_dy, mask=m_n & (o_m < last)[None, :], other=0.0)
+            m_x = m_x & (o_m < last)
         if EVEN_M and INSIDE:
-            b_x = (
-                tl.load(p_x + o_x[:, None], mask=m_k, other=0.0) if TAIL_K else tl.load(p_x + o_x[:, None])
-            )  # [BM, BC]
+            b_x = tl.load(p_pixel, mask=m_k, other=0.0) if TAIL_K else tl.load(p_pixel)  # [BM, BC]
         else:
-            b_x = tl.load(p_x + o_x[:, None], mask=m_x[:, None] & m_k if TAIL_K else m_x[:, None], other=0.0)
+            b_x = tl.load(p_pixel, mask=m_x[:, None] & m_k if TAIL_K else m_x[:, None], other=0.0)
         b_dw = tl.dot(b_dy, b_x, b_dw, input_precision=PRECISION)
         p_dy += BM * GROUPS * N
     o_out = tl.cast(i_entry, tl.int64) * (R * C) + o_r[:, None] * C + o_c[None, :]
