@@ -87,6 +87,9 @@ TILES = (  # of the dense product: rows, cols, depth, warps, stages
     *((128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4)),
     *((128, 64, 64, 4, 4), (64, 64, 64, 4, 4)),
 )
+HEAD = (
+    "Counted by `python -m benchmarks.bench_gpu`, whose docstring says what the columns hold. Nothing here is a time."
+)
 PER_LAYER = "linear 2048"  # whose passes are listed one by one
 IN_TF32 = "linear 1024"  # which is also counted in fp32 by tf32
 
@@ -358,12 +361,12 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Sparse ")  # of PyTorch about its block-sparse tensors
-    lines = []
+    lines = [HEAD]
     for line in table(given.only):
         print(line, flush=True)
         lines.append(line)
     if given.out:
-        given.out.write_text("\n".join(lines).lstrip() + "\n")
+        given.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
