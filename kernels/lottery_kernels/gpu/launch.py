@@ -102,6 +102,9 @@ def add_parts_kernel(
     tl.store(out_ptr + o, b.to(out_ptr.dtype.element_ty), mask=m)
 
 
+SUMS = {"matmul": 128, "conv": 64}  # registers of a thread for results: convolutions keep coordinates of pixels too
+
+
 class Index(NamedTuple):
     """The arrays of `Pattern.scheduled_index` by name."""
 
@@ -207,8 +210,7 @@ def launch_product(
     r, c = values.shape[1:]
     depth, cols, step_k, step_n = (c, r, 1, c) if lines.entry is None else (r, c, c, 1)
     mode = precision(x.dtype, operator, target)
-    # A convolution keeps the coordinates of its pixels too.
-    tile = product_tile(rows, cols, depth, x.dtype, mode, target, sums=128 if operator == "matmul" else 64)
+    tile = product_tile(rows, cols, depth, x.dtype, mode, target, SUMS[operator])
     tiles, count = triton.cdiv(rows, tile.rows), lines.order.shape[0]
     launch(
         kernel,
@@ -245,7 +247,7 @@ def launch_wgrad(
     """dvalues `[nnz, r, c]`: the sum over `rows` rows of activations at the live blocks. Otherwise as for a product."""
     nnz, r, c = dvalues.shape
     mode = precision(x.dtype, operator, target)
-    tile = wgrad_tile((r, c), x.dtype, mode, target)
+    tile = wgrad_tile((r, c), x.dtype, mode, target, SUMS[operator])
     programs = nnz * (r // tile.cols) * (c // tile.depth)
     part, parts = wgrad_split(programs, rows, tile.rows, target)
     sums = dvalues if parts == 1 else torch.empty(parts, nnz, r, c, dtype=torch.float32, device=x.device)
