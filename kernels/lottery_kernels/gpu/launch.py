@@ -12,6 +12,8 @@ from triton.runtime.errors import OutOfResources
 
 from .settings import Target, Tile, unsupported
 
+MOST_PROGRAMS = 2**31 - 1  # of a CUDA grid's first dimension
+
 
 class Index(NamedTuple):
     """The arrays of `Pattern.scheduled_index` by name."""
@@ -88,14 +90,32 @@ def check(values: Tensor, index: Index, dims: int, groups: int = 1, **activation
 
 
 def launch(kernel: Any, programs: int, args: Sequence[Any], tile: Tile | None, **constants: Any) -> None:
-    """`kernel` on `programs` programs, on the device of the first tensor of `args`."""
+    """`kernel` on `programs` programs, on the device of the first tensor of `args`.
+
+    Raises:
+        ValueError: more programs than a launch can have.
+        RuntimeError: the GPU has not the resources, or its driver refuses, or an earlier kernel has failed.
+    """
+    if programs > MOST_PROGRAMS:
+        raise ValueError(f"{_name(kernel)} would need {programs} programs; a launch has at most {MOST_PROGRAMS}")
     options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
-    with _current_device(args[0].device):
+    device = args[0].device
+    with _current_device(device):
         try:
             kernel[(programs,)](*args, **constants, **options)
         except OutOfResources as error:
-            name = kernel.fn.__name__
-            raise RuntimeError(f"{name} does not fit this GPU ({Target.current()}) with {tile}: {error}") from error
+            raise RuntimeError(
+                f"{_name(kernel)} does not fit this GPU ({Target.current()}) with {tile}: {error}"
+            ) from error
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{_name(kernel)} could not be launched on {device} ({Target.current()}) with {tile}: {error}. The "
+                "fault may be an earlier kernel's: CUDA_LAUNCH_BLOCKING=1 shows whose"
+            ) from error
+
+
+def _name(kernel: Any) -> str:
+    return kernel.fn.__name__
 
 
 def _current_device(device: torch.device) -> contextlib.AbstractContextManager:
