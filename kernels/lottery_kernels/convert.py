@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import masked, surgery
 from .choose import Block, When, choose
+from .fuse import to_fused, to_unfused
 from .layers import SparseConv2d, SparseLayer, SparseLinear, refuse_inside_ddp
 from .layout import to_batch_innermost, to_usual_layout
 from .optimizer_state import Move, prepare_moves, zero_pruned_by
@@ -30,7 +31,8 @@ def sparsify(
     Device, dtype, mode, trainability, gradients, hooks, the order of modules and sharing of a layer between several
     places stay. Biases stay the same `Parameter`. Layers left dense become (or stay) dense masked with
     `torch.nn.utils.prune`, so that the mask holds either way. Draws no random numbers. `choices` tells what was chosen.
-    Beside sparse convolutions on a CPU, BatchNorm and pooling become subclasses that keep their layout in memory.
+    Beside sparse convolutions on a CPU, BatchNorm and pooling become subclasses that keep their layout in memory;
+    beside sparse layers an `nn.Sequential` becomes a `FusedSequential`, which runs neighbours as one operator.
 
     Only layers of exactly these two classes can be converted: a subclass may compute something else. Code that keeps a
     layer outside the module tree, in a plain list say, keeps the dense one.
@@ -78,6 +80,7 @@ def sparsify(
             masked.put_mask(converted, target.mask)
         vars(converted)[surgery.RECORD] = choice.record()
     model = surgery.install(sparse, surgery.places_of(sparse, model), model)
+    model = to_fused(model) if sparse else model
     convolutions = [layer for layer in sparse.values() if isinstance(layer, SparseConv2d)]
     return to_batch_innermost(model) if any(not layer.values.is_cuda for layer in convolutions) else model
 
@@ -117,7 +120,7 @@ def densify(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
         vars(masked_layer).pop(surgery.RECORD, None)
     for sparse_layer, plain in dense.items():
         surgery.take_over(sparse_layer, plain)
-    return to_usual_layout(surgery.install(dense, surgery.places_of(dense, model), model))
+    return to_usual_layout(to_unfused(surgery.install(dense, surgery.places_of(dense, model), model)))
 
 
 def choices(model: nn.Module) -> dict[str, dict[str, Any]]:

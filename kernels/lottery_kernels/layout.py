@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import operators
+from .surgery import change_classes
 
 
 def is_batch_innermost(x: Tensor) -> bool:
@@ -98,15 +99,9 @@ def to_batch_innermost(model: nn.Module) -> nn.Module:
     Modules only change their class, to a subclass: parameters, buffers, keys, hooks and mode are untouched. Subclasses
     of a user's own are left alone.
     """
-    return _change_classes(model, _BATCH_INNERMOST)
+    return change_classes(model, _BATCH_INNERMOST)
 
 
 def to_usual_layout(model: nn.Module) -> nn.Module:
     """Undoes `to_batch_innermost`, in place."""
-    return _change_classes(model, _USUAL)
-
-
-def _change_classes(model: nn.Module, classes: dict[type, type]) -> nn.Module:
-    for module in model.modules():
-        module.__class__ = classes.get(type(module), type(module))
-    return model
+    return change_classes(model, _USUAL)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import masked, surgery
+from .fuse import to_fused
 from .layout import to_batch_innermost
 from .pattern import Pattern
 from .targets import Target
@@ -71,7 +72,7 @@ def _fastest_model(
         return lambda: _model_step(surgery.install(twins, places, model), example)
 
     kinds = [(module, type(module)) for module in model.modules()]
-    to_batch_innermost(model)
+    to_fused(to_batch_innermost(model))
     try:
         times = medians([step(chosen) for chosen in distinct], _device(model), MODEL_SECONDS)
     finally:

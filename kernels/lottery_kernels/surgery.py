@@ -31,6 +31,13 @@ def install(replacements: Mapping[nn.Module, nn.Module], places: list[Place], mo
     return replacements.get(model, model)
 
 
+def change_classes(model: nn.Module, classes: Mapping[type, type]) -> nn.Module:
+    """Changes the class of every module that is exactly of one of `classes`, in place; all else stays."""
+    for module in model.modules():
+        module.__class__ = classes.get(type(module), type(module))
+    return model
+
+
 def take_over(old: nn.Module, new: nn.Module) -> nn.Module:
     """Gives `new` the mode, the hooks and the user's attributes of `old`. The dicts of hooks are handed on themselves,
     so that the handles which remove hooks keep working; the hook of `torch.nn.utils.prune` stays behind."""

@@ -1,223 +1,10 @@
-// CPU kernels of the linear operators. x [N, in] and dy [N, out] are packed into panels (panel.h), the sums over live
-// blocks are those of sparse_matmul.h. Results do not depend on the number of threads.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
+// CPU kernels of the linear operators.
 #include <torch/library.h>
 
-#include <memory>
-
-#include "panel.h"
-#include "sparse_matmul.h"
+#include "linear_kernel.h"
 
 namespace lottery {
 namespace {
-
-using at::Tensor;
-
-// The arrays of a pattern and the sizes they speak of, checked.
-struct Weight {
-  int64_t out, in, r, c;
-  Entries rows, columns;
-  Tensor alive;  // undefined: every position
-
-  Weight(at::TensorList index, at::IntArrayRef shape, at::IntArrayRef block)
-      : out(shape[0]), in(shape[1]), r(block[0]), c(block[1]) {
-    TORCH_CHECK(index.size() == 5 || index.size() == 6, "index must hold 5 or 6 tensors, got ", index.size());
-    for (size_t i = 0; i < 5; ++i)
-      TORCH_CHECK(index[i].scalar_type() == at::kInt && index[i].is_contiguous() && index[i].is_cpu(),
-                  "index[", i, "] must be a contiguous int32 tensor on the CPU");
-    const int64_t nnz = index[1].numel();
-    rows = {index[0].const_data_ptr<int32_t>(), index[1].const_data_ptr<int32_t>(), nullptr, (out + r - 1) / r};
-    columns = {index[2].const_data_ptr<int32_t>(), index[3].const_data_ptr<int32_t>(),
-               index[4].const_data_ptr<int32_t>(), (in + c - 1) / c};
-    TORCH_CHECK(index[0].numel() == rows.lines + 1 && index[2].numel() == columns.lines + 1 &&
-                    index[3].numel() == nnz && index[4].numel() == nnz,
-                "index does not belong to a weight of shape ", shape, " with blocks of ", block);
-    if (index.size() == 6) alive = index[5];
-  }
-
-  int64_t nnz() const { return rows.nnz(); }
-  BlockShape forward() const { return {r, c, c, 1}; }
-  BlockShape transposed() const { return {c, r, 1, c}; }
-
-  Tensor alive_only(const Tensor& values) const {
-    TORCH_CHECK(values.dim() == 3 && values.size(0) == nnz(), "values must be [", nnz(), ", ", r, ", ", c,
-                "], got ", values.sizes());
-    return alive.defined() ? at::where(alive, values, at::zeros({}, values.options())) : values.contiguous();
-  }
-};
-
-template <class S>
-Activation<const S> read(const Tensor& x) {
-  return {x.const_data_ptr<S>(), x.size(0), x.size(1), x.stride(0), x.stride(1)};
-}
-
-template <class S>
-Activation<S> written(Tensor& y) {
-  return {y.mutable_data_ptr<S>(), y.size(0), y.size(1), y.stride(0), y.stride(1)};
-}
-
-Tensor empty_activation(const Tensor& like, int64_t features) {  // batch innermost
-  return at::empty_strided({like.size(0), features}, {1, like.size(0)}, like.options());
-}
-
-// Threads worth waking for `work` vector multiply-adds; shares [0, n) run on them.
-template <class F>
-void in_shares(int64_t work, const F& share) {
-  constexpr int64_t kWorth = 8192;
-  const int64_t n = std::clamp<int64_t>(work / kWorth, 1, at::get_num_threads());
-  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) share(i, n);
-  });
-}
-
-// Panels are as wide as four vectors, or two where the cache would not hold so much of `features`.
-template <class S>
-bool wide_panels(int64_t features) {
-  constexpr int64_t kCache = 1280 << 10;
-  return features * 4 * kVectorBytes <= kCache;
-}
-
-template <class S, int V>
-void forward(const Activation<const S>& x, const S* values, const S* bias, const Weight& weight,
-             const Activation<S>& y) {
-  constexpr int T = V * kLanes<S>;
-  const Panels<S, T> panels(x, weight.columns.lines * weight.c);
-  const BlockShape block = weight.forward();
-  const Entries& rows = weight.rows;
-  const int64_t cost = std::max<int64_t>(1, total_cost(rows)), work = cost * panels.count();
-  in_shares(work * block.size() * V, [&](int64_t i, int64_t n) {
-    const int64_t begin = work * i / n, end = work * (i + 1) / n;
-    for (int64_t p = begin / cost; p * cost < end; ++p) {
-      const S* panel = panels[p];
-      const auto source = [&](int64_t k) { return panel + int64_t(rows.other[k]) * block.ins * T; };
-      const int64_t last = line_at(rows, std::min(end - p * cost, cost));
-      for (int64_t row = line_at(rows, begin - p * cost); row < last; ++row) {
-        const int64_t o = row * weight.r;
-        multiply_line<S, V>(
-            rows, row, values, block, T, source,
-            [&](int64_t out) { return bias && o + out < weight.out ? bias[o + out] : S(0); },
-            [&](int64_t out, const Vec<S>* sums) {
-              if (o + out < weight.out) write_row<S, T>(y, p * T, o + out, sums);
-            });
-      }
-    }
-  });
-}
-
-// Gradients that a backward pass asks for; null data: not wanted.
-template <class S>
-struct Gradients {
-  Activation<S> dx;
-  S* dvalues;
-  S* dbias;
-};
-
-// One thread's share of the backward pass: block columns [begin, end), and the biases of features [f0, f1).
-template <class S, int V>
-class ColumnShare {
-  static constexpr int T = V * kLanes<S>;
-
- public:
-  ColumnShare(const Panels<S, T>& dy, const Activation<const S>& x, const S* values, const Weight& weight,
-              const Gradients<S>& wanted, S* dots)
-      : dy_panels_(dy), x_(x), values_(values), weight_(weight), wanted_(wanted), dots_(dots) {}
-
-  void run(int64_t begin, int64_t end, int64_t f0, int64_t f1) {
-    // x is packed a few columns ahead: a transpose takes a vector of them at once
-    const int64_t ahead = std::max<int64_t>(1, kLanes<S> / weight_.c);
-    std::vector<S> x_rows(wanted_.dvalues ? ahead * weight_.c * T : 0);
-    const Entries& columns = weight_.columns;
-    for (int64_t p = 0; p < dy_panels_.count(); ++p) {
-      dy_ = dy_panels_[p];
-      if (wanted_.dbias) bias_gradient(f0, f1, p > 0);
-      if (!wanted_.dx.data && !wanted_.dvalues) continue;
-      DotProducts<S> dots(dots_ ? dots_ + columns.ptr[begin] : nullptr, p > 0);
-      for (int64_t first = begin; first < end; first += ahead) {
-        const int64_t last = std::min(first + ahead, end);
-        if (wanted_.dvalues) pack_x(p, first * weight_.c, last * weight_.c, x_rows.data());
-        for (int64_t column = first; column < last; ++column) {
-          const S* x = x_rows.data() + (column - first) * weight_.c * T;
-          if (weight_.r * weight_.c == 1) single(p, column, x, dots);
-          else block(p, column, x);
-        }
-      }
-      if (dots_) dots.finish();
-    }
-    if (dots_)
-      for (int64_t k = columns.ptr[begin]; k < columns.ptr[end]; ++k) wanted_.dvalues[columns.position[k]] = dots_[k];
-  }
-
- private:
-  void bias_gradient(int64_t f0, int64_t f1, bool add) {
-    DotProducts<S> sums(wanted_.dbias + f0, add);
-    for (int64_t f = f0; f < f1; ++f) {
-      Vec<S> sum = {};
-      for (int v = 0; v < V; ++v) sum += load(dy_ + f * T + v * kLanes<S>);
-      sums.push(sum);
-    }
-    sums.finish();
-  }
-
-  void pack_x(int64_t p, int64_t f0, int64_t f1, S* to) {
-    const int64_t real = std::min(f1, weight_.in);
-    pack<S, T>(x_, p * T, f0, real, to - f0 * T);
-    std::memset(to + (real - f0) * T, 0, (f1 - real) * T * sizeof(S));
-  }
-
-  const S* dy_rows(int64_t k) const { return dy_ + int64_t(weight_.columns.other[k]) * weight_.r * T; }
-
-  void single(int64_t p, int64_t column, const S* x_row, DotProducts<S>& dots) {
-    if (!wanted_.dvalues) return multiply(p, column);
-    const auto source = [&](int64_t k) { return dy_rows(k); };
-    Vec<S> x[V], dx[V];
-    for (int v = 0; v < V; ++v) x[v] = load(x_row + v * kLanes<S>);
-    if (!wanted_.dx.data) return column_gradients<S, V, false>(weight_.columns, column, values_, x, dx, dots, source);
-    column_gradients<S, V, true>(weight_.columns, column, values_, x, dx, dots, source);
-    write_row<S, T>(wanted_.dx, p * T, column, dx);
-  }
-
-  void block(int64_t p, int64_t column, const S* x) {
-    if (wanted_.dx.data) multiply(p, column);
-    if (!wanted_.dvalues) return;
-    const Entries& columns = weight_.columns;
-    for (int64_t k = columns.ptr[column]; k < columns.ptr[column + 1]; ++k)
-      block_gradient<S, V>(dy_rows(k), weight_.r, x, weight_.c, T,
-                           wanted_.dvalues + columns.position[k] * weight_.r * weight_.c, p > 0);
-  }
-
-  void multiply(int64_t p, int64_t column) {
-    const int64_t f = column * weight_.c;
-    multiply_line<S, V>(
-        weight_.columns, column, values_, weight_.transposed(), T, [&](int64_t k) { return dy_rows(k); },
-        [](int64_t) { return S(0); },
-        [&](int64_t out, const Vec<S>* sums) {
-          if (f + out < weight_.in) write_row<S, T>(wanted_.dx, p * T, f + out, sums);
-        });
-  }
-
-  const Panels<S, T>& dy_panels_;
-  const Activation<const S>& x_;
-  const S* values_;
-  const Weight& weight_;
-  const Gradients<S>& wanted_;
-  S* dots_;
-  const S* dy_ = nullptr;
-};
-
-template <class S, int V>
-void backward(const Activation<const S>& dy, const Activation<const S>& x, const S* values, const Weight& weight,
-              const Gradients<S>& wanted) {
-  const Panels<S, V * kLanes<S>> panels(dy, weight.rows.lines * weight.r);
-  const bool single = wanted.dvalues && weight.r * weight.c == 1;
-  const auto dots = std::make_unique_for_overwrite<S[]>(single ? weight.nnz() : 0);
-  const int64_t cost = total_cost(weight.columns);
-  in_shares(cost * panels.count() * weight.r * weight.c * V * 2, [&](int64_t i, int64_t n) {
-    ColumnShare<S, V>(panels, x, values, weight, wanted, single ? dots.get() : nullptr)
-        .run(line_at(weight.columns, cost * i / n), line_at(weight.columns, cost * (i + 1) / n), weight.out * i / n,
-             weight.out * (i + 1) / n);
-  });
-}
 
 // All gradients that are asked for, in one pass over dy. dx: undefined, or to be filled; and so on.
 void backward(const Tensor& dy, const Tensor& x, const Tensor& values, const Weight& weight, Tensor& dx,
@@ -229,14 +16,9 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& values, const Wei
                               dvalues.defined() ? dvalues.mutable_data_ptr<S>() : nullptr,
                               dbias.defined() ? dbias.mutable_data_ptr<S>() : nullptr};
     const S* w = dx.defined() ? values.const_data_ptr<S>() : nullptr;
-    if (wide_panels<S>(weight.out)) backward<S, 4>(from, x_from, w, weight, wanted);
-    else backward<S, 2>(from, x_from, w, weight, wanted);
+    if (wide_panels<S>(weight.out)) backward<S, 4>(from, nullptr, x_from, w, weight, wanted);
+    else backward<S, 2>(from, nullptr, x_from, w, weight, wanted);
   });
-}
-
-void check_input(const char* name, const Tensor& x, int64_t features, at::ScalarType dtype) {
-  TORCH_CHECK(x.dim() == 2 && x.size(1) == features, name, " must be [N, ", features, "], got ", x.sizes());
-  TORCH_CHECK(x.scalar_type() == dtype, name, " is ", x.scalar_type(), ", the weight's values are ", dtype);
 }
 
 bool is_half(const Tensor& x) { return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16; }
@@ -250,15 +32,12 @@ Tensor linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>
   const Weight weight(index, weight_shape, values.sizes().slice(1));
   check_input("x", x, weight.in, values.scalar_type());
   const Tensor live = weight.alive_only(values);
-  const Tensor b = bias ? bias->contiguous() : Tensor();
-  if (b.defined())
-    TORCH_CHECK(b.numel() == weight.out && b.scalar_type() == x.scalar_type(), "bias must be [", weight.out, "] of ",
-                x.scalar_type(), ", got ", b.sizes(), " of ", b.scalar_type());
+  const Tensor b = bias ? checked_bias(*bias, weight.out, x.scalar_type()) : Tensor();
   Tensor y = empty_activation(x, weight.out);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lottery_kernels::linear", [&] {
     using S = scalar_t;
     const auto run = wide_panels<S>(weight.in) ? forward<S, 4> : forward<S, 2>;
-    run(read<S>(x), live.const_data_ptr<S>(), b.defined() ? b.const_data_ptr<S>() : nullptr, weight, written<S>(y));
+    run(read<S>(x), live.const_data_ptr<S>(), b.defined() ? b.const_data_ptr<S>() : nullptr, weight, false, written<S>(y));
   });
   return y;
 }

@@ -15,28 +15,36 @@
 
 namespace lottery {
 
-// A matrix [batch, features] of any strides.
+// A matrix [batch, features]: of any strides, or already in panels.
 template <class S>
 struct Activation {
   S* data;
   int64_t batch, features;
   int64_t batch_stride, feature_stride;
+  int64_t panel_stride = 0;  // between panels; 0: where batch_stride puts them
+  int64_t padded = features;  // rows of a panel that may be read: those past `features` are zero
+
+  template <int T>
+  S* panel(int64_t p) const {
+    return data + p * (panel_stride ? panel_stride : T * batch_stride);
+  }
+
+  int64_t count(int64_t p, int width) const { return std::min<int64_t>(width, batch - p * width); }
 };
 
-// Copies features [f0, f1) of batch entries [n0, n0 + T) to `panel + f * T`; entries past the batch become zero.
+// Copies features [f0, f1) of panel p to `to + f * T`; entries past the batch become zero.
 template <class S, int T>
-inline void pack(const Activation<const S>& x, int64_t n0, int64_t f0, int64_t f1, S* panel) {
-  const int64_t count = std::min<int64_t>(T, x.batch - n0);
-  const S* source = x.data + n0 * x.batch_stride;
+inline void pack(const Activation<const S>& x, int64_t p, int64_t f0, int64_t f1, S* to) {
+  const int64_t count = x.count(p, T);
+  const S* source = x.template panel<T>(p);
   if (x.batch_stride == 1) {
     for (int64_t f = f0; f < f1; ++f) {
-      S* to = panel + f * T;
       const S* from = source + f * x.feature_stride;
       if (count == T) {
-        std::memcpy(to, from, T * sizeof(S));
+        std::memcpy(to + f * T, from, T * sizeof(S));
       } else {
-        std::memcpy(to, from, count * sizeof(S));
-        std::memset(to + count, 0, (T - count) * sizeof(S));
+        std::memcpy(to + f * T, from, count * sizeof(S));
+        std::memset(to + f * T + count, 0, (T - count) * sizeof(S));
       }
     }
     return;
@@ -50,20 +58,19 @@ inline void pack(const Activation<const S>& x, int64_t n0, int64_t f0, int64_t f
         for (int i = 0; i < L; ++i)
           rows[i] = t + i < count ? load(source + (t + i) * x.batch_stride + f) : Vec<S>{};
         transpose<S>(rows);
-        for (int i = 0; i < L; ++i) store(panel + (f + i) * T + t, rows[i]);
+        for (int i = 0; i < L; ++i) store(to + (f + i) * T + t, rows[i]);
       }
     }
   }
   for (; f < f1; ++f)
-    for (int t = 0; t < T; ++t)
-      panel[f * T + t] = t < count ? source[t * x.batch_stride + f * x.feature_stride] : S(0);
+    for (int t = 0; t < T; ++t) to[f * T + t] = t < count ? source[t * x.batch_stride + f * x.feature_stride] : S(0);
 }
 
-// Writes T batch entries, starting at n0, of one feature of a batch-innermost activation; those past the batch fall away.
+// Writes one feature of panel p of a batch-innermost activation; entries past the batch fall away.
 template <class S, int T>
-inline void write_row(const Activation<S>& y, int64_t n0, int64_t f, const Vec<S>* row) {
-  S* to = y.data + f * y.feature_stride + n0;
-  const int64_t count = std::min<int64_t>(T, y.batch - n0);
+inline void write_row(const Activation<S>& y, int64_t p, int64_t f, const Vec<S>* row) {
+  S* to = y.template panel<T>(p) + f * y.feature_stride;
+  const int64_t count = y.count(p, T);
   if (count == T) {
     for (int v = 0; v < T / kLanes<S>; ++v) store(to + v * kLanes<S>, row[v]);
   } else {
@@ -71,26 +78,44 @@ inline void write_row(const Activation<S>& y, int64_t n0, int64_t f, const Vec<S
   }
 }
 
-// The panels of an activation, one at a time, with `padded >= x.features` features: those beyond are zero.
+// The panels of an activation, one at a time, with `padded >= x.features` features: those beyond are zero. With
+// `relu`, the output of a ReLU, they are the gradient behind it.
 template <class S, int T>
 class Panels {
  public:
-  Panels(const Activation<const S>& x, int64_t padded) : x_(x), padded_(padded) {}
+  Panels(const Activation<const S>& x, int64_t padded, const Activation<const S>* relu = nullptr)
+      : x_(x), relu_(relu), padded_(padded) {}
 
   int64_t count() const { return (x_.batch + T - 1) / T; }
 
   // Valid until the next call in this thread.
   const S* operator[](int64_t p) const {
-    if (x_.batch_stride == 1 && x_.feature_stride == T && x_.features == padded_ && x_.batch == T) return x_.data;
+    const bool packed = x_.batch_stride == 1 && x_.feature_stride == T && x_.padded >= padded_;
+    if (packed && x_.count(p, T) == T && !relu_) return x_.template panel<T>(p);
     thread_local std::vector<S> buffer;
     if (int64_t(buffer.size()) < padded_ * T) buffer.resize(padded_ * T);
-    pack<S, T>(x_, p * T, 0, x_.features, buffer.data());
+    pack<S, T>(x_, p, 0, x_.features, buffer.data());
     std::memset(buffer.data() + x_.features * T, 0, (padded_ - x_.features) * T * sizeof(S));
+    if (relu_) through_relu(p, buffer.data());
     return buffer.data();
   }
 
  private:
+  void through_relu(int64_t p, S* panel) const {
+    constexpr int AHEAD = kLanes<S>;  // a transpose takes so many features at once
+    S rows[AHEAD * T];
+    for (int64_t f = 0; f < x_.features; f += AHEAD) {
+      const int64_t last = std::min(f + AHEAD, x_.features);
+      pack<S, T>(*relu_, p, f, last, rows - f * T);
+      for (int64_t i = 0; i < (last - f) * T; i += kLanes<S>) {
+        S* at = panel + f * T + i;
+        store(at, relu_gradient<S>(load(rows + i), load(at)));
+      }
+    }
+  }
+
   Activation<const S> x_;
+  const Activation<const S>* relu_;
   int64_t padded_;
 };
 

@@ -102,7 +102,7 @@ inline void multiply_line(const Entries& e, int64_t line, const S* values, const
   const auto tile = [&]<int R>(std::integral_constant<int, R>) {
     multiply_rows<S, PANEL, R, 0>(
         e, line, values, block, out, row_stride, rows, [&](int r) { return first(out + r); },
-        [&](int r, const Vec<S>* row) { write(out + r, row); });
+        [&](int r, Vec<S>* row) { write(out + r, row); });
     out += R;
   };
   while (block.outs - out >= 4) tile(std::integral_constant<int, 4>{});

@@ -61,6 +61,18 @@ inline Vec<S> load_once(const S* p) {
   return v;
 }
 
+// max(x, 0) as torch's ReLU: NaN stays.
+template <class S>
+inline Vec<S> relu(Vec<S> x) {
+  return x < Vec<S>{} ? Vec<S>{} : x;
+}
+
+// ReLU's gradient as torch's: `dy` where its output `y` is not zero.
+template <class S>
+inline Vec<S> relu_gradient(Vec<S> y, Vec<S> dy) {
+  return y <= Vec<S>{} ? Vec<S>{} : dy;
+}
+
 template <class S, int HALF, int... I>
 inline Vec<S> interleave_half(Vec<S> a, Vec<S> b, std::integer_sequence<int, I...>) {
 #if defined(__clang__) || __GNUC__ >= 12

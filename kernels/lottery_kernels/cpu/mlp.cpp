@@ -1,0 +1,308 @@
+// Linear layers one behind another, with or without ReLU behind each, as one operator: activations between them stay in
+// panels, ReLU costs no pass of its own, and autograd sees one node.
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "autograd.h"
+#include "linear_kernel.h"
+
+namespace lottery {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+// What describes a layer beside its tensors, as the operator takes it: five numbers.
+struct Form {
+  int64_t out, in;
+  bool bias, relu;
+  int64_t index;  // number of its index arrays
+
+  static constexpr int64_t kNumbers = 5;
+};
+
+// The operator's arguments but x: values and biases of the layers one after another, and their index arrays.
+struct Layers {
+  at::TensorList parameters, index;
+  at::IntArrayRef forms;
+
+  int64_t count() const { return int64_t(forms.size()) / Form::kNumbers; }
+
+  Form form(int64_t i) const {
+    const auto n = forms.slice(i * Form::kNumbers, Form::kNumbers);
+    return {n[0], n[1], n[2] != 0, n[3] != 0, n[4]};
+  }
+
+  // Calls visit(i, form, values, bias, index) for every layer.
+  template <class Visit>
+  void each(const Visit& visit) const {
+    TORCH_CHECK(count() > 0 && int64_t(forms.size()) == count() * Form::kNumbers, "layers must hold ", Form::kNumbers,
+                " numbers for each of at least one layer, got ", forms.size());
+    size_t parameter = 0, array = 0;
+    for (int64_t i = 0; i < count(); ++i) {
+      const Form form = this->form(i);
+      const size_t next = parameter + 1 + form.bias;
+      TORCH_CHECK(next <= parameters.size() && form.index >= 0 && array + form.index <= index.size(),
+                  "layers tells of more tensors than there are");
+      visit(i, form, parameters[parameter], form.bias ? parameters[next - 1] : Tensor(),
+            index.slice(array, form.index));
+      parameter = next, array += form.index;
+    }
+    TORCH_CHECK(parameter == parameters.size() && array == index.size(), "layers tells of fewer tensors than there are");
+  }
+};
+
+// A layer as the kernels take it.
+struct Layer {
+  Form form;
+  Weight weight;
+  Tensor values, bias;
+};
+
+std::vector<Layer> checked(const Tensor& x, const Layers& layers) {
+  std::vector<Layer> found;
+  found.reserve(layers.count());
+  layers.each([&](int64_t i, const Form& form, const Tensor& values, const Tensor& bias, at::TensorList index) {
+    TORCH_CHECK(values.dim() == 3, "values of layer ", i, " must be [nnz, r, c], got ", values.sizes());
+    const std::array<int64_t, 2> shape{form.out, form.in};
+    found.push_back({form, Weight(index, shape, values.sizes().slice(1)), {}, {}});
+    Layer& layer = found.back();
+    layer.values = layer.weight.alive_only(values);
+    TORCH_CHECK(values.scalar_type() == x.scalar_type(), "values of layer ", i, " are ", values.scalar_type(), ", x is ",
+                x.scalar_type());
+    if (form.bias) layer.bias = checked_bias(bias, form.out, x.scalar_type());
+    const int64_t inputs = i == 0 ? form.in : found[i - 1].form.out;
+    TORCH_CHECK(form.in == inputs, "layer ", i, " takes ", form.in, " features, the one before gives ", inputs);
+  });
+  check_input("x", x, found[0].form.in, x.scalar_type());
+  return found;
+}
+
+// Width of the panels that all layers share, in vectors.
+template <class S>
+bool wide(const std::vector<Layer>& layers) {
+  return std::all_of(layers.begin(), layers.end(), [](const Layer& layer) {
+    return wide_panels<S>(layer.form.in) && wide_panels<S>(layer.form.out);
+  });
+}
+
+// Panels [P, features, T] for what lies between two layers, padded to whole blocks of both.
+template <class S, int T>
+struct Between {
+  Tensor panels;
+  Activation<S> view;
+
+  Between(int64_t batch, const Layer& before, const Layer& after, const at::TensorOptions& options) {
+    const int64_t padded = std::max(before.weight.rows.lines * before.weight.r,
+                                    after.weight.columns.lines * after.weight.c);
+    panels = at::empty({(batch + T - 1) / T, padded, T}, options);
+    see(panels, before.form.out);
+    if (padded > before.form.out) panels.narrow(1, before.form.out, padded - before.form.out).zero_();
+  }
+
+  Between(const Tensor& panels, int64_t features) : panels(panels) { see(this->panels, features); }
+
+ private:
+  void see(Tensor& panels, int64_t features) {
+    view = {panels.mutable_data_ptr<S>(), panels.size(0) * T, features, 1, T, panels.stride(0), panels.size(1)};
+  }
+};
+
+template <class S>
+Activation<const S> reading(const Activation<S>& x) {
+  return {x.data, x.batch, x.features, x.batch_stride, x.feature_stride, x.panel_stride, x.padded};
+}
+
+template <class S, int V>
+Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variable_list* between) {
+  constexpr int T = V * kLanes<S>;
+  Tensor y = empty_activation(x, layers.back().form.out), before;
+  Activation<const S> from = read<S>(x);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const Layer& layer = layers[i];
+    const bool last = i + 1 == layers.size();
+    std::optional<Between<S, T>> next;
+    if (!last) next.emplace(x.size(0), layer, layers[i + 1], x.options());
+    const Activation<S> to = last ? written<S>(y) : next->view;
+    forward<S, V>(from, layer.values.template const_data_ptr<S>(),
+                  layer.form.bias ? layer.bias.template const_data_ptr<S>() : nullptr, layer.weight, layer.form.relu, to);
+    from = reading(to);
+    if (!last) before = next->panels;  // keeps `from` alive
+    if (!last && between) between->push_back(next->panels);
+  }
+  return y;
+}
+
+// y; `between` receives the activations between the layers, in panels.
+Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variable_list* between) {
+  Tensor y;
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lottery_kernels::mlp", [&] {
+    y = wide<scalar_t>(layers) ? forward_layers<scalar_t, 4>(x, layers, between)
+                               : forward_layers<scalar_t, 2>(x, layers, between);
+  });
+  return y;
+}
+
+// What a backward pass starts from. y: undefined where no ReLU is behind the last layer.
+struct Saved {
+  Tensor dy, x, y;
+  at::TensorList between;  // activations between the layers, in panels
+};
+
+// wanted and the result: x, then the parameters in the operator's order.
+template <class S, int V>
+variable_list backward_layers(const Saved& saved, const std::vector<Layer>& layers, const std::vector<bool>& wanted) {
+  constexpr int T = V * kLanes<S>;
+  const Tensor &dy = saved.dy, &x = saved.x;
+  variable_list grads(wanted.size());
+  Activation<const S> from = read<S>(dy), gate;
+  if (saved.y.defined()) gate = read<S>(saved.y);
+  Tensor behind;
+  size_t next = wanted.size();
+  const size_t first = std::find(wanted.begin(), wanted.end(), true) - wanted.begin();
+  for (size_t i = layers.size(); i-- > 0;) {
+    const Layer& layer = layers[i];
+    next -= 1 + layer.form.bias;
+    Tensor dx;
+    std::optional<Between<S, T>> before;
+    Gradients<S> gradients{};
+    if (i == 0 && wanted[0]) {
+      grads[0] = empty_activation(dy, layer.form.in);
+      gradients.dx = written<S>(grads[0]);
+    } else if (i > 0 && first < next) {
+      before.emplace(dy.size(0), layers[i - 1], layer, dy.options());
+      gradients.dx = before->view;
+      gradients.through_relu = layers[i - 1].form.relu;
+    }
+    if (wanted[next]) {
+      grads[next] = at::empty(layer.values.sizes(), dy.options());
+      gradients.dvalues = grads[next].template mutable_data_ptr<S>();
+    }
+    if (layer.form.bias && wanted[next + 1]) {
+      grads[next + 1] = at::empty({layer.form.out}, dy.options());
+      gradients.dbias = grads[next + 1].template mutable_data_ptr<S>();
+    }
+    const Activation<const S> source =
+        i == 0 ? read<S>(x) : reading(Between<S, T>(saved.between[i - 1], layer.form.in).view);
+    const bool relu_behind = i + 1 == layers.size() && saved.y.defined();
+    backward<S, V>(from, relu_behind ? &gate : nullptr, source, layer.values.template const_data_ptr<S>(), layer.weight,
+                   gradients);
+    if (wanted[next]) grads[next] = layer.weight.alive_only(grads[next]);
+    if (!gradients.dx.data) break;
+    from = reading(gradients.dx);
+    behind = before ? before->panels : Tensor();  // keeps `from` alive
+  }
+  return grads;
+}
+
+variable_list backward_layers(const Saved& saved, const std::vector<Layer>& layers, const std::vector<bool>& wanted) {
+  variable_list grads(wanted.size());
+  if (saved.dy.size(0) == 0) {
+    size_t i = 1;
+    const auto zeros = [&](const Tensor& of) {
+      if (wanted[i]) grads[i] = at::zeros_like(of);
+      ++i;
+    };
+    if (wanted[0]) grads[0] = empty_activation(saved.x, saved.x.size(1));
+    for (const Layer& layer : layers) {
+      zeros(layer.values);
+      if (layer.form.bias) zeros(layer.bias);
+    }
+    return grads;
+  }
+  AT_DISPATCH_FLOATING_TYPES(saved.x.scalar_type(), "lottery_kernels::mlp", [&] {
+    grads = wide<scalar_t>(layers) ? backward_layers<scalar_t, 4>(saved, layers, wanted)
+                                   : backward_layers<scalar_t, 2>(saved, layers, wanted);
+  });
+  return grads;
+}
+
+// The same layers one by one, for gradients of gradients.
+Tensor composed(Tensor x, const Layers& layers) {
+  using Signature = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, at::TensorList,
+                           at::IntArrayRef);
+  static const auto linear = find_operator<Signature>("lottery_kernels::linear");
+  layers.each([&](int64_t, const Form& form, const Tensor& values, const Tensor& bias, at::TensorList index) {
+    const std::array<int64_t, 2> shape{form.out, form.in};
+    x = linear.call(x, values, form.bias ? std::optional(bias) : std::nullopt, index, shape);
+    if (form.relu) x = at::relu(x);
+  });
+  return x;
+}
+
+variable_list composed_gradients(const Tensor& dy, const Tensor& x, const Layers& layers,
+                                 const std::vector<bool>& wanted) {
+  variable_list inputs, grads(wanted.size());
+  for (size_t i = 0; i < wanted.size(); ++i)
+    if (wanted[i]) inputs.push_back(i == 0 ? x : layers.parameters[i - 1]);
+  const variable_list found = torch::autograd::grad({composed(x, layers)}, inputs, {dy}, true, true);
+  for (size_t i = 0, k = 0; i < wanted.size(); ++i)
+    if (wanted[i]) grads[i] = found[k++];
+  return grads;
+}
+
+struct MlpFunction : Function<MlpFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, at::TensorList parameters, const Layers& layers) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    variable_list between;
+    const auto checked_layers = checked(x, layers);
+    Tensor y = forward_layers(x, checked_layers, &between);
+    variable_list kept{x};
+    kept.insert(kept.end(), parameters.begin(), parameters.end());
+    kept.insert(kept.end(), between.begin(), between.end());
+    if (checked_layers.back().form.relu) kept.push_back(y);
+    ctx->save_for_backward(std::move(kept));
+    ctx->saved_data["index"] = layers.index.vec();  // nobody writes into it: it needs no version to check
+    ctx->saved_data["layers"] = layers.forms;
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
+    const variable_list kept = ctx->get_saved_variables(), index = ctx->saved_data["index"].toTensorVector();
+    const std::vector<int64_t> forms = ctx->saved_data["layers"].toIntVector();
+    const Tensor& x = kept[0];
+    Layers layers{{}, index, forms};
+    size_t parameters = 0;
+    for (int64_t i = 0; i < layers.count(); ++i) parameters += 1 + layers.form(i).bias;
+    layers.parameters = at::TensorList(kept).slice(1, parameters);
+    std::vector<bool> wanted(1 + parameters);
+    for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = ctx->needs_input_grad(i);
+    variable_list grads;
+    if (at::GradMode::is_enabled()) {
+      grads = composed_gradients(dy[0], x, layers, wanted);
+    } else {
+      const bool relu = layers.form(layers.count() - 1).relu;
+      const auto between = at::TensorList(kept).slice(1 + parameters, layers.count() - 1);
+      grads = backward_layers({dy[0], x, relu ? kept.back() : Tensor(), between}, checked(x, layers), wanted);
+    }
+    grads.emplace_back();  // the rest has none
+    return grads;
+  }
+};
+
+Tensor mlp(const Tensor& x, at::TensorList parameters, at::TensorList index, at::IntArrayRef layers) {
+  return forward_layers(x, checked(x, {parameters, index, layers}), nullptr);
+}
+
+Tensor mlp_autograd(const Tensor& x, at::TensorList parameters, at::TensorList index, at::IntArrayRef layers) {
+  if (!at::GradMode::is_enabled()) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return mlp(x, parameters, index, layers);
+  }
+  return MlpFunction::apply(x, parameters, Layers{parameters, index, layers});
+}
+
+// `parameters`: of each layer values, then the bias if it has one; `index`: the arrays of all patterns; `layers`: of each
+// (out, in, whether it has a bias, whether ReLU follows, number of its index arrays).
+TORCH_LIBRARY_FRAGMENT(lottery_kernels, m) {
+  m.def("mlp(Tensor x, Tensor[] parameters, Tensor[] index, int[] layers) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(lottery_kernels, CPU, m) { m.impl("mlp", &mlp); }
+
+TORCH_LIBRARY_IMPL(lottery_kernels, AutogradCPU, m) { m.impl("mlp", &mlp_autograd); }
+
+}  // namespace
+}  // namespace lottery

@@ -1,0 +1,115 @@
+"""Neighbours in an `nn.Sequential` that run as one operator.
+
+`sparsify` makes every plain `nn.Sequential` a `FusedSequential`. Modules, keys and results stay; only where nobody
+could see what passes between two modules (no hooks, eager mode) does one operator compute several of them. A fusion is
+a function registered for the class of the first module that it replaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from . import operators
+from .layers import SparseLinear
+from .surgery import change_classes
+
+# (modules, i, x) -> (what modules[i:j] make of x, j); None where they had better run one by one.
+Fusion = Callable[[Sequence[nn.Module], int, Tensor], tuple[Tensor, int] | None]
+
+_fusions: dict[type[nn.Module], Fusion] = {}
+
+
+def fuses(first: type[nn.Module]) -> Callable[[Fusion], Fusion]:
+    """Registers a fusion of sequences that begin with a module of exactly this class."""
+
+    def register(fusion: Fusion) -> Fusion:
+        _fusions[first] = fusion
+        return fusion
+
+    return register
+
+
+class FusedSequential(nn.Sequential):
+    """`nn.Sequential` that runs neighbours as one operator where it can."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What `nn.Sequential` returns."""
+        if not _unobserved(input):
+            return super().forward(input)
+        x, modules, i = input, [*self._modules.values()], 0
+        while i < len(modules):
+            module = modules[i]
+            assert module is not None
+            fusion = _fusions.get(type(module))
+            fused = fusion(modules, i, x) if fusion is not None and is_bare(module) else None
+            x, i = (module(x), i + 1) if fused is None else fused
+        return x
+
+
+def to_fused(model: nn.Module) -> nn.Module:
+    """Makes every `nn.Sequential` in a model a `FusedSequential`, in place; subclasses of a user's own stay."""
+    return change_classes(model, {nn.Sequential: FusedSequential})
+
+
+def to_unfused(model: nn.Module) -> nn.Module:
+    """Undoes `to_fused`, in place."""
+    return change_classes(model, {FusedSequential: nn.Sequential})
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling a module is running its class's `forward` and nothing else."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _unobserved(x: Tensor) -> bool:
+    """Whether plain eager mode is on: no compiler or tracer looks on, no global hook, no mode that changes types."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch_module._has_any_global_hook()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_torch_function_mode_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and torch._C._get_tracing_state() is None
+    )
+
+
+@fuses(SparseLinear)
+def _mlp(modules: Sequence[nn.Module], i: int, x: Tensor) -> tuple[Tensor, int] | None:
+    """`SparseLinear` layers one behind another, with or without ReLU between and behind them, on a CPU."""
+    if x.dim() != 2 or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return None
+    if not operators._backend_serves("mlp", "cpu"):
+        return None
+    begin, features = i, x.shape[1]
+    parameters: list[Tensor] = []
+    index: list[Tensor] = []
+    layers: list[int] = []
+    while i < len(modules):
+        layer = modules[i]
+        if type(layer) is not SparseLinear or not is_bare(layer):
+            break
+        pattern, values, bias = layer.pattern, layer.values, layer.bias
+        if layer.in_features != features or values.dtype != x.dtype or values.device.type != "cpu":
+            break
+        features = layer.out_features
+        with_relu = i + 1 < len(modules) and type(modules[i + 1]) is nn.ReLU and is_bare(modules[i + 1])
+        parameters.append(values)
+        if bias is not None:
+            parameters.append(bias)
+        index += pattern.index
+        layers += (features, layer.in_features, bias is not None, with_relu, len(pattern.index))
+        i += 1 + with_relu
+    if i - begin < 2:
+        return None
+    return torch.ops.lottery_kernels.mlp.default(x, parameters, index, layers), i
