@@ -125,7 +125,7 @@ def sampler(layer: Layer, block: tuple[int, int], nnz: int) -> Callable[[Launch]
                 for entry in entries
                 for tile in range(tiles)
             ]
-        tiles = launch.args[8]  # of activations
+        tiles = launch.args[launch.source.arg_names.index("tiles")]  # of activations
         lines = count // tiles
         group = min(tiles, settings.Tile.group)
         tall = launch.args[launch.source.arg_names.index("BM")]

@@ -151,7 +151,7 @@ def test_the_index_of_a_pattern_on_the_cpu():
 
 def test_a_launch_that_does_not_fit_the_gpu(monkeypatch):
     x, values, _, _, pattern = arguments(Layer("fp16", (64, 64), (64, 128), 128, density=1.0))
-    monkeypatch.setattr(linear, "product_tile", lambda *args: settings.Tile(128, 64, 64, 4, 12))
+    monkeypatch.setattr(launch, "product_tile", lambda *args, **options: settings.Tile(128, 64, 64, 4, 12))
     with pytest.raises(RuntimeError, match=r"linear_product_kernel does not fit this GPU .*arch=80"):
         linear.linear(x, values, pattern)
 
@@ -173,6 +173,24 @@ def test_more_programs_than_a_launch_can_have():
         ValueError, match=r"scale_kernel would need 2147483648 programs; a launch has at most 2147483647"
     ):
         launch.launch(kernels.scale_kernel, 2**31, (torch.empty(1),), None)
+
+
+@pytest.mark.parametrize("layer", [LINEAR, CONV], ids=["linear", "conv2d"])
+def test_a_bias_of_any_stride(layer):
+    """As a slice or a broadcast: the other arguments' strides are drawn with the random layers."""
+    x, values, bias, _, pattern = arguments(layer)
+
+    def product(bias: torch.Tensor) -> torch.Tensor:
+        if layer is CONV:
+            return conv.conv2d(x, values, pattern, bias, **layer.geometry)
+        return linear.linear(x, values, pattern, bias)
+
+    with stand_in("sm_80"):
+        spread = torch.stack([bias, torch.full_like(bias, torch.nan)], 1)[:, 0]
+        assert not spread.is_contiguous()
+        assert torch.equal(product(spread), product(bias))
+        broadcast = bias[:1].expand(len(bias))
+        assert torch.equal(product(broadcast), product(broadcast.contiguous()))
 
 
 @pytest.mark.parametrize("layer", [LINEAR, CONV], ids=["linear", "conv2d"])

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lottery_kernels.gpu import tune
+from lottery_kernels.gpu import tune, tuned
 from lottery_kernels.gpu.settings import Target, Tile
 from tests.gpuless import kernels
+from tests.gpuless.driver import stand_in
+
+from .cases import Layer, as_tensor_core, check
 
 TABLE = Tile(rows=64, cols=32, depth=32, warps=4, stages=3, group=8)
 A100 = Target("cuda", 80, 108)
@@ -202,3 +205,55 @@ def test_neighbours_stay_within_the_block_and_the_limits():
     ]
     assert replace(tile, group=2) not in tune.neighbours(tile, block, A100, fixed=("group",))
     assert replace(tile, stages=3) not in tune.neighbours(tile, block, Target("hip", "gfx942", 304))
+
+
+LAYERS = {
+    "linear": Layer("bf16", (32, 32), (64, 96), 70),
+    "conv2d": Layer("bf16", (32, 32), (64, 32, 3, 3), 2, (6, 5), (1, 1), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_launchers_launch_what_was_measured_to_be_fastest(monkeypatch, kind):
+    """All three operators of a kind, each with a search of its own."""
+
+    def milliseconds(run: Callable[[], None]) -> float:
+        run()
+        return float(driver.launches[-1].metadata.num_warps)
+
+    monkeypatch.setattr(tune, "milliseconds", milliseconds)
+    monkeypatch.setattr(tune, "neighbours", lambda tile, *rest: [replace(tile, warps=8), replace(tile, warps=1)])
+    with stand_in("sm_80", execute=None) as driver:
+        for compute in LAYERS[kind].sparse().values():
+            compute()
+            assert driver.launches[-1].metadata.num_warps == 1
+        launches = len(driver.launches)
+        for compute in LAYERS[kind].sparse().values():
+            compute()
+        assert [launch.metadata.num_warps for launch in driver.launches[launches:]] == [1, 1, 1]
+    assert tuned() == {next(iter(tune.stored())): 3}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_tile_that_is_tried_computes_the_same(monkeypatch, kind):
+    layer = LAYERS[kind]
+    exact, torchs = layer.dense(lambda t: t.double()), as_tensor_core(layer)
+    outputs = {f"{kind}_product_kernel": 3, f"{kind}_wgrad_kernel": 2}
+    checked: list[str] = []
+
+    def timer(name: str) -> Callable[[Callable[[], None]], float]:
+        def milliseconds(run: Callable[[], None]) -> float:
+            run()
+            launch = driver.launches[-1]
+            check(launch.args[outputs[launch.name]], exact[name], torchs[name], f"{name} with {launch.metadata}")
+            checked.append(name)
+            return 1.0
+
+        return milliseconds
+
+    with stand_in("sm_80") as driver:
+        for name, compute in layer.sparse().items():
+            monkeypatch.setattr(tune, "milliseconds", timer(name))
+            compute()
+    assert min(checked.count(name) for name in exact) > 5
