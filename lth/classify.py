@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from lth.data import Dataset, Examples, sent
 from lth.models import Builder
 from lth.schedule import Schedule
 from lth.seeds import derive
-from lth.train import Task
+from lth.train import Task, computing_in
 
 CHUNK = 1000  # examples evaluated at a time
 
@@ -103,12 +102,13 @@ def classification(
         evaluate=evaluate,
         conclude=conclude,
         graph=graph,
+        autocast=autocast,
     )
 
 
 def cross_entropy_step(model: nn.Module, batch: Any, autocast: torch.dtype | None = None) -> Tensor:
     x, y = batch
-    with _computing_in(autocast, x.device):
+    with computing_in(autocast, x.device):
         loss = F.cross_entropy(model(x), y)
     loss.backward()
     return loss
@@ -118,7 +118,7 @@ def judge(model: nn.Module, examples: Examples, autocast: torch.dtype | None = N
     """(mean cross-entropy, accuracy 0–1) over all examples."""
     loss, right = torch.zeros((), dtype=torch.float64), 0
     for x, y in zip(examples.x.split(CHUNK), examples.y.split(CHUNK), strict=True):
-        with _computing_in(autocast, x.device):
+        with computing_in(autocast, x.device):
             logits = model(x)
             loss += F.cross_entropy(logits, y, reduction="sum").cpu()
         right += int((logits.argmax(1) == y).sum())
@@ -129,7 +129,3 @@ def _placed(model: nn.Module, device: torch.device) -> nn.Module:
     """The model on its device, where tensor cores want the channels of a pixel side by side."""
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
-
-
-def _computing_in(autocast: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)
