@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from lth.data import Dataset, Examples, sent
 from lth.models import Builder
 from lth.schedule import Schedule
 from lth.seeds import derive
-from lth.train import Task
+from lth.train import Task, computing_in
 
 CHUNK = 100  # examples evaluated at a time: the images of more would leave a CPU's caches between convolutions
 GPU_CHUNK = 1000  # smaller ones would leave a GPU waiting
@@ -104,12 +103,13 @@ def classification(
         evaluate=evaluate,
         conclude=conclude,
         graph=graph,
+        autocast=autocast,
     )
 
 
 def cross_entropy_step(model: nn.Module, batch: Any, autocast: torch.dtype | None = None) -> Tensor:
     x, y = batch
-    with _computing_in(autocast, x.device):
+    with computing_in(autocast, x.device):
         loss = F.cross_entropy(model(x), y)
     loss.backward()
     return loss
@@ -120,7 +120,7 @@ def judge(model: nn.Module, examples: Examples, autocast: torch.dtype | None = N
     loss, right = torch.zeros((), dtype=torch.float64), 0
     chunk = GPU_CHUNK if examples.x.is_cuda else CHUNK
     for x, y in zip(examples.x.split(chunk), examples.y.split(chunk), strict=True):
-        with _computing_in(autocast, x.device):
+        with computing_in(autocast, x.device):
             logits = model(x)
             loss += F.cross_entropy(logits, y, reduction="sum").cpu()
         right += int((logits.argmax(1) == y).sum())
@@ -131,7 +131,3 @@ def _placed(model: nn.Module, device: torch.device) -> nn.Module:
     """The model on its device, where tensor cores want the channels of a pixel side by side."""
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
-
-
-def _computing_in(autocast: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)

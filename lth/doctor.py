@@ -58,7 +58,7 @@ def doctor(compile_now: bool = False, console: Console | None = None) -> int:
         compile_now: compile the C++ kernels, if they are not yet.
     """
     console = console or Console()
-    machine = [*_versions(), _cpu(), *_cpp(compile_now), _triton(), _cuda()]
+    machine = [*_versions(), _cpu(), *_cpp(compile_now), _triton(), _cuda(), _tuned()]
     sets, folder = [_data_set(name) for name in data.DATA_SETS], _folder()
     _print(console, "This machine", machine)
     _print(console, "Data sets", sets)
@@ -77,7 +77,7 @@ def choices() -> list[Finding]:
     cpp = "the C++ kernels" if _why_no_cpp() is None else "no sparse kernels but the slow reference"
     return [
         Finding("--device cpu", f"{cpp} (the default)"),
-        Finding("--device cuda", f"cannot be used: {off}" if off else f"the Triton kernels on {_gpu_name()}"),
+        Finding("--device cuda", _on_cuda(off)),
         Finding("--precision auto", "fp32 on the CPU, bf16 by autocast on a GPU; fp32 and bf16 can be asked for there"),
         Finding("--no-graph", "a GPU's steps kernel by kernel; without it they are captured in a CUDA graph"),
         Finding(
@@ -140,12 +140,25 @@ def _triton() -> Finding:
 
 
 def _cuda() -> Finding:
-    if off := gpu.why_off():
-        return Finding("GPU", off.removeprefix("no GPU: ") if torch.cuda.is_available() else f"none: {off[8:]}")
+    if not torch.cuda.is_available():
+        return Finding("GPU", f"none: {str(gpu.why_off()).removeprefix('no GPU: ')}")
     free, total = torch.cuda.mem_get_info()
     major, minor = torch.cuda.get_device_capability()
     memory = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
     return Finding("GPU", f"{_gpu_name()}, compute capability {major}.{minor}, {memory}")
+
+
+def _on_cuda(off: str | None) -> str:
+    """What `--device cuda` comes to, if `off` is why the Triton kernels do not serve."""
+    if not torch.cuda.is_available():
+        return f"cannot be used: {off}"
+    return f"dense PyTorch alone on {_gpu_name()}: {off}" if off else f"the Triton kernels on {_gpu_name()}"
+
+
+def _tuned() -> Finding:
+    """What LOTTERY_KERNELS_TUNE=1 has measured on this machine."""
+    found = ", ".join(f"{launches} launches measured on {where}" for where, launches in gpu.tuned().items())
+    return Finding("GPU tiles", found or "from tables; LOTTERY_KERNELS_TUNE=1 measures them where a GPU runs")
 
 
 def _gpu_name() -> str:

@@ -19,7 +19,7 @@ from lth.prune import Layer, Masks, at_random, by_magnitude, density_of, full_ma
 from lth.seeds import derive, seed_all
 from lth.store import TICKET, Run, Stage, StageFiles
 from lth.timing import side_by_side
-from lth.train import Task, Training, evaluating, synchronize, train
+from lth.train import Task, Training, computing_in, evaluating, synchronize, train
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ class Driver:
             assert ticket is not None  # its stage goes before its branches
             return {**ticket, "sampled": None}
         example = self.task.example(self.task.batches(0, self._seed(stage, "order"))) if asked == "auto" else None
-        kernels = choose_kernels(self._model(stage, weights), masks, self.layers, asked, example)
+        model = self._model(stage, weights)
+        with computing_in(self.task.autocast, next(model.parameters()).device):
+            kernels = choose_kernels(model, masks, self.layers, asked, example, self.task.graph)
         if not any_sparse(kernels):
             return {**kernels, "sampled": None}
         sampled = side_by_side(

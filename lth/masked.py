@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import lottery_kernels
+from lottery_kernels import gpu
 from lth.prune import Block, Layer
 
 DENSE = "dense masked"
@@ -21,16 +23,29 @@ def unmasked(layers: Sequence[Layer]) -> dict[str, Any]:
 
 
 def choose_kernels(
-    model: nn.Module, masks: Mapping[str, Tensor], layers: Sequence[Layer], kernels: str, example: Any
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    layers: Sequence[Layer],
+    kernels: str,
+    example: Any,
+    captured: bool = False,
 ) -> dict[str, Any]:
     """Masks a plain model and says how each layer runs, as kernels.json holds it.
 
     Args:
         kernels: "dense", "sparse", or "auto", which measures both on the `example` batch.
+        captured: whether steps run in a CUDA graph. Then "auto" times no layer, because launched one by one it would
+            cost what a graph saves: sparse is what GPU kernels can serve, and whole steps are to be compared.
     """
+    by_rule = captured and kernels == "auto"
     when: Any = {"auto": "faster", "sparse": "always", "dense": lambda name, layer, mask: False}[kernels]
+    refused = {layer.name: _refused(model, layer) for layer in layers} if by_rule else {}
+    if by_rule:
+        when = lambda name, layer, mask: refused[name] is None  # noqa: E731
     lottery_kernels.sparsify(model, masks, {layer.name: layer.block for layer in layers}, when, example)
     choices = lottery_kernels.choices(model)
+    for name, reason in refused.items():
+        choices[name]["reason"] = reason or "served by GPU kernels; whole steps were compared"
     return {"layers": {name: _said(choice) for name, choice in choices.items()}, "reason": REASONS[kernels],
             "choices": choices}  # fmt: skip
 
@@ -61,6 +76,14 @@ def parse_block(text: str) -> Block:
     if not match:
         raise ValueError(f"block: {text!r}; it takes rows x columns, such as 1x1 or 16x16, or auto")
     return int(match[1]), int(match[2])
+
+
+def _refused(model: nn.Module, layer: Layer) -> str | None:
+    """Why the GPU kernels do not serve a layer, or could not win, in the type that it computes in; None if they may."""
+    dtype = model.get_parameter(f"{layer.name}.weight").dtype
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    return gpu.unsupported(dtype, layer.block) or gpu.nothing_to_save(layer.shape, layer.groups, dtype)
 
 
 def _said(choice: Mapping[str, Any]) -> str:

@@ -134,6 +134,7 @@ def find_ticket(
     if graph and not torch.cuda.is_available():
         raise ValueError("graph: True, but PyTorch finds no CUDA device here; it takes False")
     batches = data if callable(data) else _batches(data, batch_size)
+    optional: dict[str, Any] = {} if example is None else {"example": example}
     task = Task(
         model=(lambda: _redrawn(model)) if isinstance(model, nn.Module) else model,
         batches=batches,
@@ -143,13 +144,12 @@ def find_ticket(
         evaluate=evaluate,
         first=model if isinstance(model, nn.Module) else None,
         graph=graph,
-        **({} if example is None else {"example": example}),
+        **optional,
     )
-    chosen = Search(iterations=iterations, **search)
+    chosen, settings = Search(iterations=iterations, **search), {"graph": True} if graph else None
     if out is not None:
-        return Tickets(
-            run_search(task, chosen, Path(out), resume=resume, observer=observer or Observer()), chosen.rounds
-        )
+        run = run_search(task, chosen, Path(out), resume=resume, observer=observer or Observer(), settings=settings)
+        return Tickets(run, chosen.rounds)
     directory = Path(tempfile.mkdtemp(prefix="lth-"))
     try:
         run = run_search(task, chosen, directory, resume=False, observer=observer or Observer())

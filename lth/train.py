@@ -43,6 +43,7 @@ class Task:
         example: batch → what the model is called with, for measuring which kernels are faster.
         first: the model that replicate 0 starts from, in the place of a draw.
         graph: whether a step is captured in a CUDA graph: see `lth.cuda_graph.CapturedStep` for what it must be then.
+        autocast: the type that the step has autocast compute in, for measuring in it; None: no autocast.
     """
 
     model: Callable[[], nn.Module]
@@ -55,6 +56,7 @@ class Task:
     example: Callable[[Any], Any] = lambda batch: batch[0] if isinstance(batch, tuple | list) else batch
     first: nn.Module | None = None
     graph: bool = False
+    autocast: torch.dtype | None = None
 
     def fresh(self) -> nn.Module:
         """A plain model whose weights are to be loaded."""
@@ -229,6 +231,11 @@ def diverged(name: Any, value: float, step: int, stage: object) -> Diverged:
     """The error for a loss that is not finite at a step, counted from 1."""
     which = f"loss {name}" if name != "" else "the loss"
     return Diverged(f"{which} is {value} at step {step} of {stage}; stopped before the update")
+
+
+def computing_in(autocast: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to a type, or nothing."""
+    return contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)
 
 
 def synchronize(model: nn.Module) -> None:

@@ -197,9 +197,24 @@ def _kernel(name: str) -> Callable[..., Tensor]:
     op = getattr(ops, name).default
 
     def kernel(*args: Any) -> Tensor:
+        _require_one_device(op, args)
         return op(*args) if _backend_serves(name, args[0].device.type) else compute(*args)
 
     return kernel
+
+
+def _require_one_device(op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+    """Raises ValueError unless all tensors are on one device: of several, the dispatcher might choose the one whose
+    backend is not loaded, and come back here for ever."""
+    tensors = {}
+    for argument, value in zip(op._schema.arguments, args, strict=False):
+        held = value[0] if isinstance(value, list | tuple) and value else value
+        if isinstance(held, Tensor):
+            tensors[argument.name] = held.device
+    first, device = next(iter(tensors.items()))
+    for name, other in tensors.items():
+        if other != device:
+            raise ValueError(f"{op._schema.name}: {first} is on {device}, {name} on {other}; they belong on one device")
 
 
 # Autocast: the CPU kernels know no half precision, CUDA's take the autocast dtype.

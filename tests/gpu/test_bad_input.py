@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from lottery_kernels import Pattern
+from lottery_kernels import gpu as package
 from lottery_kernels.gpu import conv, launch, linear, settings, unsupported
+from tests.gpuless import kernels
 from tests.gpuless.driver import stand_in
 
 from .cases import Layer
@@ -42,6 +44,34 @@ def test_tensors_on_different_devices():
         linear.linear(x, values.to("meta"), pattern)
 
 
+def test_tensors_on_different_devices_in_a_convolution():
+    x, values, bias, dy, pattern = arguments(CONV)
+    options = CONV.geometry
+    with pytest.raises(ValueError, match="x is on meta, values are on cpu"):
+        conv.conv2d(x.to("meta"), values, pattern, **options)
+    with pytest.raises(ValueError, match="bias is on meta, values are on cpu"):
+        conv.conv2d(x, values, pattern, bias.to("meta"), **options)
+    with pytest.raises(ValueError, match="dy is on meta, values are on cpu"):
+        conv.conv2d_dgrad(dy.to("meta"), values, pattern, x.shape, **options)
+    with pytest.raises(ValueError, match="dy is on meta, values are on cpu"):
+        conv.conv2d_wgrad(dy.to("meta"), x, pattern, **options)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_dgrad", "linear_wgrad"])
+def test_the_operators_kernel_refuses_them_too(name):
+    """What torch's dispatcher calls as soon as one of the tensors is on a GPU."""
+    x, values, bias, dy, pattern = arguments(LINEAR)
+    index, shape = pattern.scheduled_index, pattern.weight_shape
+    kernel = package._kernel(name, package._launchers()[name])
+    calls = {
+        "linear": (x.to("meta"), values, bias, index, shape),
+        "linear_dgrad": (dy.to("meta"), values, index, shape),
+        "linear_wgrad": (dy.to("meta"), x, index, shape, pattern.block),
+    }
+    with pytest.raises(ValueError, match="is on meta, values are on cpu"):
+        kernel(*calls[name])
+
+
 def test_tensors_of_different_dtypes():
     x, values, _, dy, pattern = arguments(LINEAR)
     with pytest.raises(TypeError, match=r"x has dtype torch.float32, values have torch.float16"):
@@ -67,6 +97,14 @@ def test_dtypes_without_a_kernel():
 def test_gpus_that_are_too_old():
     old = settings.Target("cuda", 75, 40)
     assert "compute capability 7.5 is too old" in str(settings.unsupported(torch.float16, (16, 16), old))
+
+
+@pytest.mark.parametrize("layer", [LINEAR, CONV], ids=["linear", "conv2d"])
+def test_launchers_refuse_such_a_gpu(layer, monkeypatch):
+    monkeypatch.setattr(settings.Target, "current", lambda: settings.Target("cuda", 75, 40))
+    for compute in layer.sparse().values():
+        with pytest.raises(ValueError, match=r"compute capability 7.5 is too old: the GPU kernels need 8.0"):
+            compute()
 
 
 def test_shapes_that_do_not_fit():
@@ -116,6 +154,64 @@ def test_a_launch_that_does_not_fit_the_gpu(monkeypatch):
     monkeypatch.setattr(launch, "product_tile", lambda *args, **options: settings.Tile(128, 64, 64, 4, 12))
     with pytest.raises(RuntimeError, match=r"linear_product_kernel does not fit this GPU .*arch=80"):
         linear.linear(x, values, pattern)
+
+
+@pytest.mark.parametrize("error", ["an illegal memory access was encountered", "invalid argument"])
+def test_an_error_of_the_driver_at_launch(gpu, monkeypatch, error):
+    def run(launch: object) -> None:
+        raise RuntimeError(f"Triton Error [CUDA]: {error}")
+
+    x, values, _, _, pattern = arguments(LINEAR)
+    monkeypatch.setattr(gpu, "run", run)
+    expected = rf"linear_product_kernel could not be launched on cpu .*arch=80.*{error}.*CUDA_LAUNCH_BLOCKING=1"
+    with pytest.raises(RuntimeError, match=expected):
+        linear.linear(x, values, pattern)
+
+
+def test_more_programs_than_a_launch_can_have():
+    with pytest.raises(
+        ValueError, match=r"scale_kernel would need 2147483648 programs; a launch has at most 2147483647"
+    ):
+        launch.launch(kernels.scale_kernel, 2**31, (torch.empty(1),), None)
+
+
+@pytest.mark.parametrize("layer", [LINEAR, CONV], ids=["linear", "conv2d"])
+def test_a_bias_of_any_stride(layer):
+    """As a slice or a broadcast: the other arguments' strides are drawn with the random layers."""
+    x, values, bias, _, pattern = arguments(layer)
+
+    def product(bias: torch.Tensor) -> torch.Tensor:
+        if layer is CONV:
+            return conv.conv2d(x, values, pattern, bias, **layer.geometry)
+        return linear.linear(x, values, pattern, bias)
+
+    with stand_in("sm_80"):
+        spread = torch.stack([bias, torch.full_like(bias, torch.nan)], 1)[:, 0]
+        assert not spread.is_contiguous()
+        assert torch.equal(product(spread), product(bias))
+        broadcast = bias[:1].expand(len(bias))
+        assert torch.equal(product(broadcast), product(broadcast.contiguous()))
+
+
+@pytest.mark.parametrize("layer", [LINEAR, CONV], ids=["linear", "conv2d"])
+def test_gradients_that_are_broadcast(layer):
+    """As autograd hands them on from a sum: all strides are 0."""
+    x, values, _, dy, pattern = arguments(layer)
+    one = torch.ones((), dtype=dy.dtype).expand(dy.shape)
+    with stand_in("sm_80"):
+        if layer is CONV:
+            found = [
+                [conv.conv2d_dgrad(dy, values, pattern, x.shape, **layer.geometry),
+                 conv.conv2d_wgrad(dy, x, pattern, **layer.geometry)]
+                for dy in (one, one.contiguous())
+            ]  # fmt: skip
+        else:
+            found = [
+                [linear.linear_dgrad(dy, values, pattern), linear.linear_wgrad(dy, x, pattern)]
+                for dy in (one, one.contiguous())
+            ]
+    for broadcast, whole in zip(*found, strict=True):
+        assert torch.equal(broadcast, whole)
 
 
 @pytest.mark.parametrize("layer", [replace(LINEAR, batch=0), replace(CONV, batch=0)], ids=["linear", "conv2d"])

@@ -103,3 +103,13 @@ def test_sparsify_says_why_a_layer_stays_dense():
         dense, {"0": torch.rand(64, 64) < 0.05}, block=(16, 16), when=lambda *given: choices.append(given) or False
     )
     assert choices and type(dense[0]) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("make", [lambda: SparseLinear(64, 48, block=(16, 16)), network], ids=["linear", "network"])
+def test_a_model_and_its_input_on_different_devices(make):
+    """Whichever comes first in a process: no kernel is loaded by then, or both are."""
+    model = make().cpu()
+    x = torch.randn(2, 64) if isinstance(model, SparseLinear) else torch.randn(2, 32, 12, 12)
+    for one, other in ((model, x.cuda()), (model.cuda(), x.cpu())):
+        with pytest.raises((ValueError, RuntimeError), match=r"x is on c\w+(:0)?, (values|index) (are )?on c"):
+            one(other)

@@ -201,3 +201,15 @@ def test_compiled_graphs_give_the_same_bits(block):
     assert torch.equal(expected, found)
     cotangent = torch.randn_like(expected)
     assert torch.equal(*(torch.autograd.grad(y, values, cotangent)[0] for y in (expected, found)))
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3], ids=["x", "values", "bias", "index"])
+def test_tensors_on_different_devices_are_named(moved):
+    """Where no backend's own kernel has seen them; meta stands for a GPU."""
+    pattern = Pattern.from_mask(torch.rand(6, 8) < 0.5)
+    args = [torch.randn(3, 8), torch.randn(pattern.nnz, 1, 1), torch.randn(6), pattern.index, [6, 8]]
+    args[moved] = [t.to("meta") for t in args[3]] if moved == 3 else args[moved].to("meta")
+    name = ["x", "values", "bias", "index"][moved]
+    found = rf"linear: x is on {'meta' if moved == 0 else 'cpu'}, {'values' if moved == 0 else name} on"
+    with pytest.raises(ValueError, match=found):
+        operators._kernel("linear")(*args)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lottery_kernels import SparseLinear, sparsify
-from lth import cuda_graph
+from lth import cuda_graph, masked
 from lth.classify import Shuffled
 from lth.cuda_graph import CapturedStep, GatedStep
 from lth.events import Observer
+from lth.prune import Layer, full_masks
 from lth.store import Stage
 from lth.train import Diverged, EagerStep, Step, Task, Training
 from tests.lth import tiny
@@ -312,6 +313,41 @@ def test_nothing_is_saved_of_a_training_that_diverged(k: int, tmp_path: Path) ->
     assert seen == [0, 3][: 1 + (k > 3)]
     assert (tmp_path / "replicate-0/rewind.safetensors").exists() == (k > 2)
     assert not (tmp_path / "replicate-0/round-00/result.json").exists()
+
+
+def test_in_a_graph_layers_run_sparse_where_gpu_kernels_serve_and_may_win() -> None:
+    """Timed one by one, their launches would hide what they cost; whole captured steps are compared afterwards."""
+    pytest.importorskip("triton")
+    model = nn.Sequential(nn.Linear(784, 2048), nn.ReLU(), nn.Linear(2048, 16), nn.ReLU(), nn.Linear(16, 1024))
+    blocks = {"0": (32, 32), "2": (32, 32), "4": (1, 1)}
+    layers = [Layer(name, tuple(model.get_parameter(f"{name}.weight").shape), 0.5, blocks[name]) for name in blocks]
+    kernels = masked.choose_kernels(model, full_masks(layers), layers, "auto", None, captured=True)
+    assert kernels["layers"] == {"0": "sparse 32x32", "2": "dense masked", "4": "dense masked"}
+    reasons = {name: choice["reason"] for name, choice in kernels["choices"].items()}
+    assert reasons["0"] == "served by GPU kernels; whole steps were compared"
+    assert "too narrow" in reasons["2"] and "block (1, 1) has no GPU kernel" in reasons["4"]
+
+
+@pytest.mark.usefixtures("recorded_searches")
+def test_in_a_graph_whole_captured_steps_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    real = masked.choose_kernels
+
+    def all_sparse(*arguments: Any) -> Any:
+        asked.append(arguments[5])
+        return real(*arguments[:3], "sparse", None)
+
+    def compared(sparse: Callable[[], None], dense: Callable[[], None]) -> dict[str, Any]:
+        sparse(), dense()
+        return {"sparse_ms": 2.0, "dense_ms": 1.0, "speedup": 0.5, "spread": [0.4, 0.6]}
+
+    monkeypatch.setattr("lth.driver.choose_kernels", all_sparse)
+    monkeypatch.setattr("lth.driver.side_by_side", compared)
+    monkeypatch.setattr("lth.ticket.Task", lambda **given: Task(**{**given, "graph": True}))
+    result = tiny.search(kernels="auto", optimizer=fused)[1].result
+    assert asked == [True]
+    assert set(result["kernels"]["layers"].values()) == {"dense masked"}
+    assert result["kernels"]["reason"] == "a training step takes 2 ms sparse and 1 ms dense masked"
 
 
 def test_capture_follows_pytorchs_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,12 +123,52 @@ def test_where_no_run_can_be_written_it_says_what_to_do(tmp_path):
     assert f"To do: {tmp_path / 'runs'} cannot be written" in text
 
 
-def test_a_gpu_is_named_with_its_memory(monkeypatch):
-    monkeypatch.setattr(doctor.gpu, "why_off", lambda: None)
+@pytest.fixture
+def some_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30 * 2**30, 40 * 2**30))
+
+
+@pytest.mark.usefixtures("some_gpu")
+def test_a_gpu_is_named_with_its_memory(monkeypatch):
+    monkeypatch.setattr(doctor.gpu, "why_off", lambda: None)
     status, text = examined()
     assert status == 0
     assert "GPU Some GPU, compute capability 9.0, 30 of 40 GiB free" in text
     assert "--device cuda the Triton kernels on Some GPU" in text
+
+
+@pytest.mark.usefixtures("some_gpu")
+def test_a_gpu_without_working_triton_is_called_dense_only(monkeypatch):
+    monkeypatch.setattr(doctor.gpu, "load", lambda: False)
+    monkeypatch.setattr(doctor.gpu, "_off", "triton cannot be imported: OSError: libtriton.so is damaged")
+    status, text = examined()
+    assert status == 0
+    assert "--device cuda dense PyTorch alone on Some GPU: triton cannot be imported: OSError: libtriton.so" in text
+
+
+@pytest.mark.usefixtures("some_gpu")
+def test_a_gpu_that_is_too_old_is_called_dense_only(monkeypatch):
+    settings = pytest.importorskip("lottery_kernels.gpu.settings")
+    monkeypatch.setattr(settings.Target, "current", lambda: settings.Target("cuda", 75, 40))
+    assert "dense PyTorch alone on Some GPU: compute capability 7.5 is too old" in examined()[1]
+
+
+def test_measured_launch_settings_are_counted(monkeypatch):
+    assert "GPU tiles from tables; LOTTERY_KERNELS_TUNE=1 measures them" in examined()[1]
+    tune = pytest.importorskip("lottery_kernels.gpu.tune")
+    settings = pytest.importorskip("lottery_kernels.gpu.settings")
+    tile = settings.Tile(64, 32, 32, 4, 3)
+    tune._store("Some GPU", {"one": tile, "two": tile})
+    assert re.search(r"GPU tiles 2 launches measured on Some-GPU_triton-\d", examined()[1])
+
+
+def test_a_damaged_file_of_launch_settings_is_shown_and_harms_nothing():
+    tune = pytest.importorskip("lottery_kernels.gpu.tune")
+    tune.folder().mkdir(parents=True)
+    (tune.folder() / "Some-GPU_triton-3.json").write_text("{")
+    with pytest.warns(UserWarning, match="Some-GPU_triton-3.json is damaged"):
+        status, text = examined()
+    assert status == 0 and "GPU tiles from tables" in text

@@ -32,8 +32,20 @@ def why_off() -> str | None:
     if not torch.cuda.is_available():
         built = "this build of PyTorch has no CUDA" if torch.version.cuda is None else "no CUDA device was found"
         return f"no GPU: {built}"
-    load()
-    return _off
+    if not load():
+        return _off
+    from . import settings
+
+    return settings.unsupported(torch.float16, (16, 16), settings.Target.current())
+
+
+def tuned() -> dict[str, int]:
+    """{GPU and version of Triton: how many launches it has measured settings for}: see `gpu.tune`."""
+    if not load():
+        return {}
+    from . import tune
+
+    return tune.stored()
 
 
 def unsupported(dtype: torch.dtype, block: tuple[int, int]) -> str | None:

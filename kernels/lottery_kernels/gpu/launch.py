@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from .settings import Target, Tile, precision, product_tile, unsupported, wgrad_split, wgrad_tile
+from .tune import Sizes, best_tile
 
 
 @triton.jit
@@ -103,6 +104,7 @@ def add_parts_kernel(
 
 
 SUMS = {"matmul": 128, "conv": 64}  # registers of a thread for results: convolutions keep coordinates of pixels too
+MOST_PROGRAMS = 2**31 - 1  # of a CUDA grid's first dimension
 
 
 class Index(NamedTuple):
@@ -210,27 +212,34 @@ def launch_product(
     r, c = values.shape[1:]
     depth, cols, step_k, step_n = (c, r, 1, c) if lines.entry is None else (r, c, c, 1)
     mode = precision(x.dtype, operator, target)
-    tile = product_tile(rows, cols, depth, x.dtype, mode, target, SUMS[operator])
-    tiles, count = triton.cdiv(rows, tile.rows), lines.order.shape[0]
-    launch(
-        kernel,
-        phases * tiles * count * (cols // tile.cols),
-        (x, values.contiguous(), bias, y, *lines, tiles, count, rows),
-        tile,
-        BLOCK_K=depth,
-        BLOCK_N=cols,
-        STEP_K=step_k,
-        STEP_N=step_n,
-        BM=tile.rows,
-        BN=tile.cols,
-        BK=tile.depth,
-        GROUP=tile.group,
-        EVEN_M=rows % tile.rows == 0,
-        TRANSPOSED=lines.entry is not None,
-        HAS_BIAS=bias is not None,
-        PRECISION=mode,
-        **constants,
-    )
+    table = product_tile(rows, cols, depth, x.dtype, mode, target, SUMS[operator])
+    count, transposed = lines.order.shape[0], lines.entry is not None
+    packed, added = values.contiguous(), None if bias is None else bias.contiguous()
+
+    def run(tile: Tile) -> None:
+        tiles = triton.cdiv(rows, tile.rows)
+        launch(
+            kernel,
+            phases * tiles * count * (cols // tile.cols),
+            (x, packed, added, y, *lines, tiles, count, rows),
+            tile,
+            BLOCK_K=depth,
+            BLOCK_N=cols,
+            STEP_K=step_k,
+            STEP_N=step_n,
+            BM=tile.rows,
+            BN=tile.cols,
+            BK=tile.depth,
+            GROUP=tile.group,
+            EVEN_M=rows % tile.rows == 0,
+            TRANSPOSED=transposed,
+            HAS_BIAS=bias is not None,
+            PRECISION=mode,
+            **constants,
+        )
+
+    traits, sizes = (x.dtype, mode, transposed, phases), Sizes(rows, count, values.shape[0])
+    run(best_tile(kernel, table, (cols, depth), traits, sizes, target, run))
 
 
 def launch_wgrad(
@@ -247,41 +256,64 @@ def launch_wgrad(
     """dvalues `[nnz, r, c]`: the sum over `rows` rows of activations at the live blocks. Otherwise as for a product."""
     nnz, r, c = dvalues.shape
     mode = precision(x.dtype, operator, target)
-    tile = wgrad_tile((r, c), x.dtype, mode, target, SUMS[operator])
-    programs = nnz * (r // tile.cols) * (c // tile.depth)
-    part, parts = wgrad_split(programs, rows, tile.rows, target)
-    sums = dvalues if parts == 1 else torch.empty(parts, nnz, r, c, dtype=torch.float32, device=x.device)
-    launch(
-        kernel,
-        programs * parts,
-        (dy, x, sums, index.row, index.col, index.alive_bytes, nnz, rows, part),
-        tile,
-        R=r,
-        C=c,
-        BM=tile.rows,
-        BR=tile.cols,
-        BC=tile.depth,
-        EVEN_M=rows % tile.rows == 0,
-        SPLIT=parts > 1,
-        HAS_ALIVE=index.alive is not None,
-        PRECISION=mode,
-        **constants,
-    )
-    if parts > 1:
-        size = dvalues.numel()
-        options = {"PARTS": parts, "HAS_ALIVE": index.alive is not None, "BLOCK": 1024}
-        launch(add_parts_kernel, triton.cdiv(size, 1024), (sums, dvalues, index.alive_bytes, size), None, **options)
+
+    def run(tile: Tile) -> None:
+        programs = nnz * (r // tile.cols) * (c // tile.depth)
+        part, parts = wgrad_split(programs, rows, tile.rows, target)
+        sums = dvalues if parts == 1 else torch.empty(parts, nnz, r, c, dtype=torch.float32, device=x.device)
+        launch(
+            kernel,
+            programs * parts,
+            (dy, x, sums, index.row, index.col, index.alive_bytes, nnz, rows, part),
+            tile,
+            R=r,
+            C=c,
+            BM=tile.rows,
+            BR=tile.cols,
+            BC=tile.depth,
+            EVEN_M=rows % tile.rows == 0,
+            SPLIT=parts > 1,
+            HAS_ALIVE=index.alive is not None,
+            PRECISION=mode,
+            **constants,
+        )
+        if parts > 1:
+            size = dvalues.numel()
+            options = {"PARTS": parts, "HAS_ALIVE": index.alive is not None, "BLOCK": 1024}
+            launch(add_parts_kernel, triton.cdiv(size, 1024), (sums, dvalues, index.alive_bytes, size), None, **options)
+
+    table = wgrad_tile((r, c), x.dtype, mode, target, SUMS[operator])
+    traits = (x.dtype, mode, index.alive is not None)
+    run(best_tile(kernel, table, (r, c), traits, Sizes(rows, 1, nnz), target, run, fixed=("group",)))
 
 
 def launch(kernel: Any, programs: int, args: Sequence[Any], tile: Tile | None, **constants: Any) -> None:
-    """`kernel` on `programs` programs, on the device of the first tensor of `args`."""
+    """`kernel` on `programs` programs, on the device of the first tensor of `args`.
+
+    Raises:
+        ValueError: more programs than a launch can have.
+        RuntimeError: the GPU has not the resources, or its driver refuses, or an earlier kernel has failed.
+    """
+    if programs > MOST_PROGRAMS:
+        raise ValueError(f"{_name(kernel)} would need {programs} programs; a launch has at most {MOST_PROGRAMS}")
     options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
-    with _current_device(args[0].device):
+    device = args[0].device
+    with _current_device(device):
         try:
             kernel[(programs,)](*args, **constants, **options)
         except OutOfResources as error:
-            name = kernel.fn.__name__
-            raise RuntimeError(f"{name} does not fit this GPU ({Target.current()}) with {tile}: {error}") from error
+            raise RuntimeError(
+                f"{_name(kernel)} does not fit this GPU ({Target.current()}) with {tile}: {error}"
+            ) from error
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{_name(kernel)} could not be launched on {device} ({Target.current()}) with {tile}: {error}. The "
+                "fault may be an earlier kernel's: CUDA_LAUNCH_BLOCKING=1 shows whose"
+            ) from error
+
+
+def _name(kernel: Any) -> str:
+    return kernel.fn.__name__
 
 
 def _current_device(device: torch.device) -> contextlib.AbstractContextManager:
