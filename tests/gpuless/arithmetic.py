@@ -162,9 +162,9 @@ def permute_bytes(machine: Machine, instruction: Instruction, mask: Mask) -> Non
     value = np.zeros(machine.size, np.uint32)
     for i in range(4):
         pick = (selector >> np.uint32(4 * i)) & np.uint32(15)
-        if np.any(pick > 7):
-            raise NotImplementedError(f"copies of a sign: {instruction.text}")
-        byte = (source >> (pick.astype(np.uint64) * np.uint64(8))) & np.uint64(255)
+        byte = (source >> ((pick & np.uint32(7)).astype(np.uint64) * np.uint64(8))) & np.uint64(255)
+        sign = (byte >> np.uint64(7)) * np.uint64(255)  # what a selector from 8 on asks for
+        byte = np.where(pick > 7, sign, byte)
         value = value | (byte.astype(np.uint32) << np.uint32(8 * i))
     machine.write(result, value, mask)
 
