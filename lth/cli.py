@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -36,7 +37,8 @@ INTERRUPTED = 130
 class Options(Settings):
     """Find a ticket: train, prune the smallest weights, rewind the rest, and again."""
 
-    preset: tyro.conf.Positional[str] = "lenet"  # lenet or lenet-wide; the defaults below are its own
+    # lenet, lenet-wide, conv2, conv4, conv6, resnet20 (the paper's "ResNet-18") or vgg19; the defaults are its own
+    preset: tyro.conf.Positional[str] = "lenet"
     data_dir: Path | None = None  # read the data set from this folder and nowhere else
     out: Path | None = None  # folder of the run; by default runs/PRESET and what is not the preset's own
     resume: bool = False  # continue the run that the folder holds
@@ -116,14 +118,14 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"run": run, "report": rep
 
 def print_plan(plan: Plan) -> None:
     """The dry run's table, a row a round, and what all of it adds up to."""
-    layers = list(plan.layers)
+    columns = _columns(plan)
     table = Table(title=str(plan.directory))
-    for heading in ("round", "% remaining", *layers, "trainings", "iterations"):
+    for heading in ("round", "% remaining", *columns, "trainings", "iterations"):
         table.add_column(heading, justify="right")
     for number in sorted({planned.stage.round for planned in plan.stages}):
         stages = [planned for planned in plan.stages if planned.stage.round == number]
         iterations = sum(planned.iterations - planned.start for planned in stages)
-        counts = [f"{stages[0].remaining[layer]:,}" for layer in layers]
+        counts = [f"{sum(stages[0].remaining[name] for name in names):,}" for names in columns.values()]
         table.add_row(str(number), f"{100 * stages[0].density:.2f}", *counts, str(len(stages)), f"{iterations:,}")
     blocks = sorted({tuple(layer["block"]) for layer in plan.layers.values()})
     unit = "weights" if blocks == [(1, 1)] else "blocks of " + ", ".join(f"{r}x{c}" for r, c in blocks)
@@ -131,6 +133,15 @@ def print_plan(plan: Plan) -> None:
     Console().print(table)
     print(f"The layers' columns count the {unit} that remain.")
     print(f"{len(plan.stages)} trainings, {total:,} iterations in all, into {plan.directory}; nothing was done.")
+
+
+def _columns(plan: Plan) -> dict[str, list[str]]:
+    """{heading: what it counts}: a column a layer or, of many, one for neighbours that are pruned at the same rate."""
+    names = list(plan.stages[0].remaining)
+    if len(names) <= 3:
+        return {name: [name] for name in names}
+    runs = [list(run) for _, run in itertools.groupby(names, key=lambda name: plan.layers[name]["rate"])]
+    return {", ".join(run) if len(run) <= 2 else f"{run[0]} to {run[-1]}": run for run in runs}
 
 
 def _parsed(arguments: Sequence[str], default: Options) -> Options:

@@ -93,6 +93,35 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
     return _split_off_validation(name, _find(name, data_dir))
 
 
+def fitted(dataset: Dataset, shape: Sequence[int]) -> Dataset:
+    """The images as `shape` (channels, height, width): in the middle of black, a single channel repeated (as a view).
+
+    Raises:
+        DataError: the shape is smaller than the images, or asks for channels that they do not have.
+    """
+    own, (channels, height, width) = tuple(dataset.train.x.shape[1:]), shape
+    if own[0] not in (1, channels) or height < own[1] or width < own[2]:
+        raise DataError(
+            f"image: {channels}x{height}x{width}, but {dataset.name} has images of {'x'.join(map(str, own))}; "
+            "it takes sizes that are no smaller, and the same channels unless there is but one"
+        )
+    kind = _SETS["mnist" if dataset.name == "mnist5k" else dataset.name]
+    black = _normalised(torch.zeros(1, own[0], 1, 1), kind.mean, kind.std)
+    top, left = (height - own[1]) // 2, (width - own[2]) // 2
+
+    def fit(examples: Examples) -> Examples:
+        framed = black.repeat(len(examples), 1, height, width)
+        framed[:, :, top : top + own[1], left : left + own[2]] = examples.x
+        return Examples(framed.expand(-1, channels, -1, -1), examples.y)
+
+    return replace(dataset, train=fit(dataset.train), validation=fit(dataset.validation), test=fit(dataset.test))
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on a device; for a GPU's copy the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def available(name: str) -> str | None:
     """Where `load(name)` would read the set from without the network, or None."""
     if name == "mnist5k":

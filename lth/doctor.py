@@ -78,6 +78,8 @@ def choices() -> list[Finding]:
     return [
         Finding("--device cpu", f"{cpp} (the default)"),
         Finding("--device cuda", f"cannot be used: {off}" if off else f"the Triton kernels on {_gpu_name()}"),
+        Finding("--precision auto", "fp32 on the CPU, bf16 by autocast on a GPU; fp32 and bf16 can be asked for there"),
+        Finding("--no-graph", "a GPU's steps kernel by kernel; without it they are captured in a CUDA graph"),
         Finding(
             "--kernels auto", "times every layer sparse and dense masked, once a round, keeps the faster (the default)"
         ),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lth.cuda_graph import stepper
 from lth.events import Observer, Plan, PlannedStage
 from lth.masked import any_sparse, choose_kernels, dense_weights, densely, mask_as_chosen, unmasked
 from lth.plan import Search
@@ -18,7 +19,7 @@ from lth.prune import Layer, Masks, at_random, by_magnitude, density_of, full_ma
 from lth.seeds import derive, seed_all
 from lth.store import TICKET, Run, Stage, StageFiles
 from lth.timing import side_by_side
-from lth.train import Task, Training, advance, evaluating, synchronize, train
+from lth.train import Task, Training, evaluating, synchronize, train
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,6 @@ class Driver:
         stage, files = planned.stage, self.run.stage(planned.stage)
         weights, masks = self._start(stage, files), self._masks(stage, files)
         kernels = self._kernels(planned, files, weights, masks)
-        if any_sparse(kernels):
-            # A process loads sparse kernels at its first step, which may round another way than all later ones. This
-            # one is thrown away, so that it shows in no run, however often that is resumed.
-            self._stepper(planned, weights, masks, kernels)()
         model = mask_as_chosen(self._model(stage, weights), masks, kernels)
 
         seed_all(self._seed(stage, "training", stage.round, stage.branch))
@@ -62,10 +59,10 @@ class Driver:
         train(
             self.task,
             training,
+            stepper(self.task, training, self._seed(stage, "order"), stage),
             files,
             self.observer,
             iterations=planned.iterations,
-            order_seed=self._seed(stage, "order"),
             eval_every=self.search.eval_every,
             checkpoint_seconds=self.search.checkpoint_seconds,
             reached=self._snapshots(stage),
@@ -91,6 +88,8 @@ class Driver:
         if files.has_mask:
             return files.mask()
         masks = self._prune(stage)
+        if empty := [name for name, mask in masks.items() if not mask.any()]:
+            self.observer.note(f"{stage}: nothing is left of {', '.join(empty)}; what it gives on is its bias or 0")
         files.save_mask(masks)
         return masks
 
@@ -106,7 +105,7 @@ class Driver:
         before = self.run.stage(Stage(replicate, 0 if stage.branch == "oneshot" else number - 1))
         trained = before.weights()
         weights = {layer.name: trained[f"{layer.name}.weight"] for layer in self.layers}
-        return by_magnitude(self.layers, weights, before.mask(), number)
+        return by_magnitude(self.layers, weights, before.mask(), number, self.search.scope)
 
     def _kernels(
         self, planned: PlannedStage, files: StageFiles, weights: Mapping[str, Tensor], masks: Masks
@@ -188,13 +187,13 @@ class Driver:
         """Does a training step of a copy when called."""
         model = mask_as_chosen(self._model(planned.stage, weights), masks, kernels)
         training = Training.begin(self.task, model, planned.start)
-        order_seed = self._seed(planned.stage, "order")
+        step = stepper(self.task, training, self._seed(planned.stage, "order"), f"{planned.stage}, timed on a copy")
 
-        def step() -> None:
-            advance(self.task, training, order_seed, f"{planned.stage}, timed on a copy")
+        def finished_step() -> None:
+            step()
             synchronize(model)
 
-        return step
+        return finished_step
 
     def _note_environment(self) -> None:
         here = {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "machine": platform.node()}

@@ -16,7 +16,7 @@ class PlannedStage:
 
     stage: Stage
     density: float  # share of the prunable weights that remain, 0–1
-    remaining: Mapping[str, int]  # blocks that remain, by layer; weights where the block is 1x1
+    remaining: Mapping[str, int]  # blocks (weights where the block is 1x1) that remain, by what is ranked together
     start: int  # iteration it starts from
     iterations: int  # iteration it ends at
 

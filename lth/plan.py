@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lth.events import Plan, PlannedStage
-from lth.prune import Block, Layer
+from lth.prune import SCOPES, Block, Layer, pools, remaining
 from lth.store import BRANCHES, TICKET, Stage
 
 KERNELS = ("auto", "sparse", "dense")
+TOGETHER = "all layers"  # what a plan calls layers that are pruned by one ranking
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Search:
         rounds: how often is pruned; round 0 is the dense network.
         rate: share of the remaining weights (blocks) pruned a round: one for all layers, or {module name: rate}, where
             the layers left out are exempt: neither pruned nor counted.
+        scope: "layer" prunes every layer at its rate; "global" prunes all layers together, by one ranking, at one rate.
         block: (rows, cols) that are pruned together.
         rewind: survivors return to their weights after this many iterations of round 0; 0 is initialisation.
         branches: of "reinit", "random", "oneshot": controls grown from a round.
@@ -36,6 +38,7 @@ class Search:
     iterations: int
     rounds: int = 15
     rate: float | Mapping[str, float] = 0.2
+    scope: str = "layer"
     block: Block = (1, 1)
     rewind: int = 0
     branches: tuple[str, ...] = ()
@@ -64,6 +67,9 @@ class Search:
         rates = self.rate.values() if isinstance(self.rate, Mapping) else [self.rate]
         for rate in rates:
             _check("rate", rate, 0 < rate < 1, "between 0 and 1")
+        _check("scope", self.scope, self.scope in SCOPES, ", ".join(SCOPES))
+        one_rate = self.scope == "layer" or len(set(rates)) < 2
+        _check("rate", self.rate, one_rate, "one rate for all layers that are not exempt where the scope is global")
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, for run.json."""
@@ -79,11 +85,13 @@ def make_plan(search: Search, layers: Sequence[Layer], directory: Path | None) -
     Raises:
         ValueError: a round would leave nothing of a layer.
     """
-    for layer in layers:
-        if not layer.remaining(search.rounds):
+    for pool in pools(layers, search.scope):
+        if not remaining(pool, search.rounds):
+            layer, blocks = pool[0], _blocks(pool)
+            name = f"layer {layer.name!r}, which has" if len(pool) == 1 else "the layers, which have"
             raise ValueError(
-                f"rounds: after {search.rounds} rounds at rate {layer.rate} nothing would be left of layer "
-                f"{layer.name!r}, which has {layer.blocks} block(s) of {layer.block[0]}x{layer.block[1]}"
+                f"rounds: after {search.rounds} rounds at rate {layer.rate} nothing would be left of "
+                f"{name} {blocks} block(s) of {layer.block[0]}x{layer.block[1]}"
             )
     stages = [
         _planned(search, layers, Stage(replicate, number, branch))
@@ -113,11 +121,20 @@ def _branches_grow(search: Search, number: int) -> bool:
 
 
 def _planned(search: Search, layers: Sequence[Layer], stage: Stage) -> PlannedStage:
-    remaining = {layer.name: layer.remaining(stage.round) for layer in layers}
-    weights = sum(layer.weights * remaining[layer.name] / layer.blocks for layer in layers)
+    pooled = {pool[0].name if len(pool) == 1 else TOGETHER: pool for pool in pools(layers, search.scope)}
+    blocks = {name: remaining(pool, stage.round) for name, pool in pooled.items()}
+    left = sum(blocks[name] / _blocks(pool) * _weights(pool) for name, pool in pooled.items())
     # a reinit has no trajectory of its own to rewind to, so it starts where the dense network did
     start = 0 if stage.round == 0 or stage.branch == "reinit" else search.rewind
-    return PlannedStage(stage, weights / sum(layer.weights for layer in layers), remaining, start, search.iterations)
+    return PlannedStage(stage, left / _weights(layers), blocks, start, search.iterations)
+
+
+def _weights(layers: Sequence[Layer]) -> int:
+    return sum(layer.weights for layer in layers)
+
+
+def _blocks(layers: Sequence[Layer]) -> int:
+    return sum(layer.blocks for layer in layers)
 
 
 def _check(name: str, value: object, right: bool, allowed: str) -> None:

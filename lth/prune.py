@@ -1,8 +1,7 @@
 """Which weights remain: masks by magnitude, by block, at random, in exact counts. No training here, and no files.
 
-A layer's weight is seen as a matrix `[groups, out/groups, taps, in/groups]` (linear: groups = taps = 1), tiled into
-blocks (rows, cols) of [out/groups] × [in/groups]; see `lottery_kernels.Pattern`. Blocks are numbered by (group, block
-row, tap, block column).
+Layers are pruned one by one or all together, from one ranking. `lottery_kernels.Grid` says how blocks tile a weight;
+they are numbered by (group, block row, tap, block column).
 """
 
 from __future__ import annotations
@@ -14,8 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lottery_kernels import Grid
+
 Block = tuple[int, int]
 Masks = dict[str, Tensor]
+SCOPES = ("layer", "global")
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,21 @@ class Layer:
 
     @property
     def blocks(self) -> int:
-        groups, rows, taps, cols = _matrix_shape(self.shape, self.groups)
-        return groups * -(-rows // self.block[0]) * taps * -(-cols // self.block[1])
+        return self.grid.groups * self.grid.rows * self.grid.taps * self.grid.cols
 
-    def remaining(self, rounds: int) -> int:
-        """Blocks that remain after `rounds` rounds: the nearest whole number to blocks · (1 − rate)^rounds."""
-        return round(self.blocks * (1 - self.rate) ** rounds)
+    @property
+    def grid(self) -> Grid:
+        return Grid.of(self.shape, self.block, self.groups)
+
+
+def pools(layers: Sequence[Layer], scope: str) -> list[list[Layer]]:
+    """The layers whose blocks are ranked together: each alone, or with the scope "global" all."""
+    return [list(layers)] if scope == "global" else [[layer] for layer in layers]
+
+
+def remaining(pool: Sequence[Layer], rounds: int) -> int:
+    """Blocks that remain of a pool after `rounds` rounds: the nearest whole number to blocks · (1 − rate)^rounds."""
+    return round(sum(layer.blocks for layer in pool) * (1 - pool[0].rate) ** rounds)
 
 
 def prunable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -77,31 +88,35 @@ def full_masks(layers: Sequence[Layer]) -> Masks:
 
 
 def by_magnitude(
-    layers: Sequence[Layer], weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], rounds: int
+    layers: Sequence[Layer],
+    weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    rounds: int,
+    scope: str = "layer",
 ) -> Masks:
-    """The masks after `rounds` rounds: of the blocks that `masks` leaves, those of the largest mean |weight| a layer.
+    """The masks after `rounds` rounds: of the blocks that `masks` leaves, those of the largest mean |weight| in a pool.
 
-    Exactly `layer.remaining(rounds)` blocks remain of each layer; among equal scores the first in position goes first.
+    Exactly `remaining(pool, rounds)` blocks remain of each pool; among equal scores the first in position goes first.
+    A layer may lose its last block in the global scope, as in the paper; in the scope of a layer never.
 
     Args:
         weights: {layer name: trained dense weight}.
         masks: {layer name: bool mask in force}; pruned weights never return.
 
     Raises:
-        ValueError: a weight is NaN, or nothing would be left in a layer.
+        ValueError: a weight is NaN, or nothing would be left of a pool.
     """
-    pruned = {}
-    for layer in layers:
-        scores = block_scores(weights[layer.name], layer)
-        if torch.isnan(scores).any():
-            raise ValueError(f"layer {layer.name!r}: a weight is NaN, so its magnitude cannot be ranked")
-        alive = blocks_alive(masks[layer.name], layer)
+    pruned: Masks = {}
+    for pool in pools(layers, scope):
+        scores = torch.cat([_ranked(weights[layer.name], layer) for layer in pool])
+        alive = torch.cat([blocks_alive(masks[layer.name], layer) for layer in pool])
         live = alive.nonzero().squeeze(1)  # in position order, which the stable sort keeps among equals
-        keep = _count_to_keep(layer, rounds, len(live))
+        keep = _count_to_keep(pool, rounds, len(live))
         order = torch.argsort(scores[live], stable=True)
         left = torch.zeros_like(alive)
         left[live[order[len(live) - keep :]]] = True
-        pruned[layer.name] = mask_from_blocks(left, layer)
+        for layer, part in zip(pool, left.split([layer.blocks for layer in pool]), strict=True):
+            pruned[layer.name] = mask_from_blocks(part, layer)
     return pruned
 
 
@@ -131,41 +146,32 @@ def block_scores(weight: Tensor, layer: Layer) -> Tensor:
 
 def blocks_alive(mask: Tensor, layer: Layer) -> Tensor:
     """Which blocks hold a live position, bool [blocks]."""
-    return _block_sums(mask.cpu().float(), layer) > 0
+    return layer.grid.split(mask.cpu()).flatten(-2).any(-1).flatten()
 
 
 def mask_from_blocks(alive: Tensor, layer: Layer) -> Tensor:
     """The mask, in the shape of the weight, of which all positions of the live blocks remain."""
-    groups, rows, taps, cols = _matrix_shape(layer.shape, layer.groups)
-    (r, c), (block_rows, block_cols) = layer.block, _tiles(layer)
-    tiles = alive.view(groups, block_rows, 1, taps, block_cols, 1).expand(-1, -1, r, -1, -1, c)
-    matrix = tiles.reshape(groups, block_rows * r, taps, block_cols * c)[:, :rows, :, :cols]
-    return matrix.transpose(2, 3).reshape(layer.shape).contiguous()
+    grid = layer.grid
+    tiles = alive.view(grid.groups, grid.rows, grid.taps, grid.cols, 1, 1)
+    return grid.join(tiles.expand(-1, -1, -1, -1, *layer.block))
 
 
-def _count_to_keep(layer: Layer, rounds: int, live: int) -> int:
-    keep = layer.remaining(rounds)
+def _ranked(weight: Tensor, layer: Layer) -> Tensor:
+    scores = block_scores(weight, layer)
+    if torch.isnan(scores).any():
+        raise ValueError(f"layer {layer.name!r}: a weight is NaN, so its magnitude cannot be ranked")
+    return scores
+
+
+def _count_to_keep(pool: Sequence[Layer], rounds: int, live: int) -> int:
+    keep, name = remaining(pool, rounds), " and ".join(f"{layer.name!r}" for layer in pool)
     if keep < 1:
-        raise ValueError(f"layer {layer.name!r}: nothing would be left after {rounds} rounds at rate {layer.rate}")
+        raise ValueError(f"layer {name}: nothing would be left after {rounds} rounds at rate {pool[0].rate}")
     if keep > live:
-        raise ValueError(f"layer {layer.name!r}: {keep} blocks are to remain but only {live} do")
+        raise ValueError(f"layer {name}: {keep} blocks are to remain but only {live} do")
     return keep
-
-
-def _matrix_shape(shape: Sequence[int], groups: int) -> tuple[int, int, int, int]:
-    """(groups, out/groups, taps, in/groups) of a weight [out, in/groups, …]."""
-    return groups, shape[0] // groups, math.prod(shape[2:]), shape[1]
-
-
-def _tiles(layer: Layer) -> tuple[int, int]:
-    _, rows, _, cols = _matrix_shape(layer.shape, layer.groups)
-    return -(-rows // layer.block[0]), -(-cols // layer.block[1])
 
 
 def _block_sums(weight: Tensor, layer: Layer) -> Tensor:
     """Sum over each block, [blocks]; what pads a tail block counts 0."""
-    groups, rows, taps, cols = _matrix_shape(layer.shape, layer.groups)
-    (r, c), (block_rows, block_cols) = layer.block, _tiles(layer)
-    matrix = weight.reshape(groups, rows, cols, taps).transpose(2, 3)  # [groups, rows, taps, cols]
-    padded = nn.functional.pad(matrix, (0, block_cols * c - cols, 0, 0, 0, block_rows * r - rows))
-    return padded.reshape(groups, block_rows, r, taps, block_cols, c).sum((2, 5)).flatten()
+    return layer.grid.split(weight).sum((-2, -1)).flatten()

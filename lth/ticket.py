@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -95,6 +96,7 @@ def find_ticket(
     out: str | Path | None = None,
     resume: bool = False,
     observer: Observer | None = None,
+    graph: bool = False,
     **search: Any,
 ) -> Tickets:
     """Searches for a ticket: trains, prunes the smallest weights, rewinds the rest, and again.
@@ -116,6 +118,10 @@ def find_ticket(
         out: the run's folder; without one, a temporary folder that lives as long as what is found.
         resume: continue what `out` holds.
         observer: hears how it goes.
+        graph: capture a whole training step, with its update, in a CUDA graph and replay it. `step` must be device work
+            on its batch that is the same whatever it computes: no `.item()`, no branch on a value, no random numbers
+            but the device generator's. Optimizers must be fused. A loss that is not finite still stops the run, with
+            the weights that went before it, but up to 100 steps later.
         **search: as in :class:`lth.plan.Search`: rounds, rate, block, rewind, branches, branch_rounds, replicates,
             seed, eval_every, kernels, checkpoint_seconds.
 
@@ -125,6 +131,8 @@ def find_ticket(
         Diverged: a loss was not finite.
         DamagedFile: a file of the run to resume was truncated or altered.
     """
+    if graph and not torch.cuda.is_available():
+        raise ValueError("graph: True, but PyTorch finds no CUDA device here; it takes False")
     batches = data if callable(data) else _batches(data, batch_size)
     task = Task(
         model=(lambda: _redrawn(model)) if isinstance(model, nn.Module) else model,
@@ -134,6 +142,7 @@ def find_ticket(
         schedulers=lambda optimizers: _schedulers(scheduler, optimizers),
         evaluate=evaluate,
         first=model if isinstance(model, nn.Module) else None,
+        graph=graph,
         **({} if example is None else {"example": example}),
     )
     chosen = Search(iterations=iterations, **search)

@@ -42,6 +42,7 @@ class Task:
         conclude: model → more numbers, once, after the last iteration.
         example: batch → what the model is called with, for measuring which kernels are faster.
         first: the model that replicate 0 starts from, in the place of a draw.
+        graph: whether a step is captured in a CUDA graph: see `lth.cuda_graph.CapturedStep` for what it must be then.
     """
 
     model: Callable[[], nn.Module]
@@ -53,6 +54,7 @@ class Task:
     conclude: Callable[[nn.Module], Mapping[str, float]] | None = None
     example: Callable[[Any], Any] = lambda batch: batch[0] if isinstance(batch, tuple | list) else batch
     first: nn.Module | None = None
+    graph: bool = False
 
     def fresh(self) -> nn.Module:
         """A plain model whose weights are to be loaded."""
@@ -110,14 +112,50 @@ class Training:
         restore_random_state(state["random"])
 
 
+class Step:
+    """An iteration of a training: when called, does the one that comes next."""
+
+    def __init__(self, task: Task, training: Training, order_seed: int, stage: object) -> None:
+        """`order_seed` seeds the batches; `stage` is named in errors."""
+        self.task, self.training, self.order_seed, self.stage = task, training, order_seed, stage
+
+    def prepare(self) -> None:
+        """Does what is done once, before the time of steps is taken."""
+
+    def __call__(self) -> None:
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Before anything of a training is judged or saved: raises :class:`Diverged` if a loss was not finite."""
+
+
+class EagerStep(Step):
+    """Looks at every loss and raises :class:`Diverged` before one that is not finite updates anything."""
+
+    def __call__(self) -> None:
+        task, training = self.task, self.training
+        losses = task.step(training.model, task.batches(training.iteration, self.order_seed))
+        for name, loss in named(losses).items():
+            value = loss.item()
+            if not math.isfinite(value):
+                raise diverged(name, value, training.iteration + 1, self.stage)
+        for optimizer in training.optimizers:
+            optimizer.step()
+        for parameter in training.parameters:
+            parameter.grad = None  # as zero_grad does, at a twentieth of its time
+        for scheduler in training.schedulers:
+            scheduler.step()
+        training.iteration += 1
+
+
 def train(
     task: Task,
     training: Training,
+    step: Step,
     files: StageFiles,
     observer: Observer,
     *,
     iterations: int,
-    order_seed: int,
     eval_every: int,
     checkpoint_seconds: float,
     reached: Mapping[int, Callable[[nn.Module], None]],
@@ -125,7 +163,7 @@ def train(
     """Trains to `iterations`, evaluating at the start, every `eval_every` iterations and at the end.
 
     Args:
-        order_seed: seeds the batches.
+        step: does an iteration of `training`.
         checkpoint_seconds: a checkpoint is written at an evaluation if so long has passed since the last.
         reached: {iteration ≥ 1: called with the model when that many iterations are done}.
 
@@ -135,13 +173,17 @@ def train(
     stage, model = files.stage, training.model
     if not files.evaluations():
         _evaluate(task, training, files, observer)
+    if training.iteration < iterations:
+        step.prepare()
     began, begun_at = time.perf_counter(), training.iteration
     while training.iteration < iterations:
-        advance(task, training, order_seed, stage)
+        step()
         if training.iteration in reached:
+            step.check()
             reached[training.iteration](model)
         if training.iteration % eval_every and training.iteration < iterations:
             continue
+        step.check()
         synchronize(model)
         seconds, steps = time.perf_counter() - began, training.iteration - begun_at
         training.seconds, training.steps = training.seconds + seconds, training.steps + steps
@@ -151,19 +193,6 @@ def train(
             files.save_checkpoint({**training.state(), "evaluations": len(files.evaluations())})
             training.last_save = time.monotonic()
         began, begun_at = time.perf_counter(), training.iteration
-
-
-def advance(task: Task, training: Training, order_seed: int, stage: object) -> None:
-    """One iteration. Raises :class:`Diverged`, naming `stage`, before a loss that is not finite updates anything."""
-    losses = task.step(training.model, task.batches(training.iteration, order_seed))
-    _require_finite(losses, training.iteration, stage)
-    for optimizer in training.optimizers:
-        optimizer.step()
-    for parameter in training.parameters:
-        parameter.grad = None  # as zero_grad does, at a twentieth of its time
-    for scheduler in training.schedulers:
-        scheduler.step()
-    training.iteration += 1
 
 
 def _evaluate(task: Task, training: Training, files: StageFiles, observer: Observer) -> None:
@@ -189,17 +218,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _require_finite(losses: Losses, iteration: int, stage: object) -> None:
-    named: Mapping[Any, Tensor]
+def named(losses: Losses) -> Mapping[Any, Tensor]:
+    """The losses by name; one alone has the name ""."""
     if isinstance(losses, Tensor):
-        named = {"": losses}
-    else:
-        named = losses if isinstance(losses, Mapping) else dict(enumerate(losses))
-    for name, loss in named.items():
-        value = loss.item()
-        if not math.isfinite(value):
-            which = f"loss {name}" if name != "" else "the loss"
-            raise Diverged(f"{which} is {value} at step {iteration + 1} of {stage}; stopped before the update")
+        return {"": losses}
+    return losses if isinstance(losses, Mapping) else dict(enumerate(losses))
+
+
+def diverged(name: Any, value: float, step: int, stage: object) -> Diverged:
+    """The error for a loss that is not finite at a step, counted from 1."""
+    which = f"loss {name}" if name != "" else "the loss"
+    return Diverged(f"{which} is {value} at step {step} of {stage}; stopped before the update")
 
 
 def synchronize(model: nn.Module) -> None:

@@ -4,9 +4,10 @@ which puts them into a whole model where they are faster."""
 from .convert import choices, dense_state_dict, densify, sparsify
 from .layers import SparseConv2d, SparseLinear
 from .optimizer_state import dense_optimizer_state_dict, load_dense_optimizer_state_dict
-from .pattern import Pattern
+from .pattern import Grid, Pattern
 
 __all__ = [
+    "Grid",
     "Pattern",
     "SparseConv2d",
     "SparseLinear",

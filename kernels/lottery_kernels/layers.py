@@ -47,12 +47,19 @@ class SparseLayer(nn.Module):
         pattern = mask
         values = torch.empty(pattern.nnz, *pattern.block, device=device, dtype=dtype)
         self.values = nn.Parameter(values)
-        self.pattern = pattern.to(values.device)
+        self.pattern = pattern
+        self._settle()
         if bias:
             self.bias = nn.Parameter(torch.empty(weight_shape[0], device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
+
+    def _settle(self) -> None:
+        """Has the pattern follow `values` to their device, whose backend is loaded before the first step: that step
+        then rounds as all later ones do."""
+        self.pattern = self.pattern.to(self.values.device)
+        operators.load_backend(self.values.device.type)
 
     @property
     def mask(self) -> Tensor:
@@ -128,11 +135,11 @@ class SparseLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.pattern = self.pattern.to(self.values.device)  # a pickled pattern comes back on the CPU
+        self._settle()  # a pickled pattern comes back on the CPU
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self.pattern = self.pattern.to(self.values.device)
+        self._settle()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -208,8 +215,8 @@ class SparseLayer(nn.Module):
     def _adopt(self, dense: nn.Linear | nn.Conv2d) -> Self:
         """Makes a layer that was built on the meta device, where nothing is drawn, a copy of a dense one."""
         leaf = masked.leaf(dense)
-        self.pattern = self.pattern.to(leaf.device)
-        self.values = nn.Parameter(self.pattern.pack(masked.in_force(dense)), leaf.requires_grad)
+        self.values = nn.Parameter(self.pattern.to(leaf.device).pack(masked.in_force(dense)), leaf.requires_grad)
+        self._settle()
         if dense.bias is not None:
             self.bias = nn.Parameter(dense.bias.clone(), dense.bias.requires_grad)
         return self.train(dense.training)

@@ -3,8 +3,8 @@ compiled backend does.
 
 The three of a kind (forward, dgrad, wgrad) are each other's derivatives, so gradients of any order work. Backends
 register into this namespace: the C++ extension brings the CPU kernels and autograd, Triton the CUDA kernels. They are
-loaded when an operator first meets a tensor of their device; until then, and where a backend cannot be had, the
-kernels of `reference.py` run.
+loaded when a sparse layer is made on their device, or at the latest when an operator meets a tensor of it; where a
+backend cannot be had, the kernels of `reference.py` run.
 """
 
 from __future__ import annotations
@@ -166,20 +166,24 @@ def _setup_gradient(ctx, inputs, output):
 
 
 @functools.cache
-def _backend_serves(name: str, device: str) -> bool:
-    """Loads the backend for `device` if it can be had; whether it brought a kernel for operator `name`."""
+def load_backend(device: str) -> bool:
+    """Loads the backend for a type of device ("cpu", "cuda"), once; whether there is one and it can be had."""
     if device == "cpu":
         from .cpu import build
 
-        loaded = build.load()
-    elif device == "cuda":
+        return build.load()
+    if device == "cuda":
         from . import gpu
 
-        loaded = gpu.load()
-    else:
-        loaded = False
+        return gpu.load()
+    return False
+
+
+@functools.cache
+def _backend_serves(name: str, device: str) -> bool:
+    """Loads the backend for `device` if it can be had; whether it brought a kernel for operator `name`."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device, "")
-    return loaded and torch._C._dispatch_has_kernel_for_dispatch_key(f"lottery_kernels::{name}", key)
+    return load_backend(device) and torch._C._dispatch_has_kernel_for_dispatch_key(f"lottery_kernels::{name}", key)
 
 
 def by_reference(name: str) -> Callable[..., Tensor]:

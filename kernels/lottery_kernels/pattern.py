@@ -63,11 +63,12 @@ class Grid:
         return matrix.reshape(self.groups, self.rows, r, self.taps, self.cols, c).permute(0, 1, 3, 4, 2, 5)
 
     def join(self, blocks: Tensor) -> Tensor:
-        """`[groups, rows, taps, cols, r, c]` -> contiguous dense weight; the inverse of `split`."""
+        """`[groups, rows, taps, cols, r, c]` -> dense weight with the strides of a new one; the inverse of `split`."""
         r, c = self.block
         matrix = blocks.permute(0, 1, 4, 2, 3, 5).reshape(self.groups, self.rows * r, self.taps, self.cols * c)
         matrix = matrix[:, : self.outputs, :, : self.inputs].transpose(2, 3)
-        return matrix.reshape(self.groups * self.outputs, self.inputs, *self.kernel).contiguous()
+        # flat first: a 1×1 kernel's strides would else pass for channels_last, and convolutions choose by them
+        return matrix.reshape(-1).contiguous().view(self.groups * self.outputs, self.inputs, *self.kernel)
 
 
 def entries(index: Sequence[Tensor], grid: Grid) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lottery_kernels.gpu import conv, linear
+from lottery_kernels.gpu import conv, launch, linear
 from tests.gpuless.driver import stand_in
 from tests.gpuless.memory import Fault
 from tests.gpuless.mutate import planted
@@ -19,36 +19,39 @@ CONV = Layer("fp16", (16, 16), (40, 24, 3, 3), 2, (6, 7), (2, 1), (1, 1), densit
 BUGS = {
     (linear, "linear_product_kernel"): {
         "tail mask dropped": ("TAIL_K else None", "False else None", "y"),
-        "rows stored behind the last": ("(o_m < M)", "(o_m >= 0)", "y"),
-        "columns stored behind the last": ("(o_y < N)[None, :]", "(o_y >= 0)[None, :]", "y"),
-        "rows not clamped": ("tl.minimum(o_m, M - 1)", "o_m", "y"),
-        "line overrun by an entry": ("end * PER_BLOCK)", "(end + 1) * PER_BLOCK)", "y"),
-        "last block skipped": ("end * PER_BLOCK)", "(end - 1) * PER_BLOCK)", "y"),
-        "index of the step before": ("(i + 1) // PER_BLOCK", "i // PER_BLOCK", "y"),
+        "rows stored behind the last": ("o_m < M - first", "o_m >= 0", "y"),
+        "columns stored behind the last": ("o_y < N,", "o_y >= 0,", "y"),
+        "rows not clamped": ("tl.minimum(o_m, M - 1 - first)", "o_m", "y"),
+        "line overrun by an entry": ("end * PER_BLOCK", "(end + 1) * PER_BLOCK", "y"),
+        "last block skipped": ("end * PER_BLOCK", "(end - 1) * PER_BLOCK", "y"),
+        "index of the step before": ("tl.minimum(i + 1, last", "tl.minimum(i, last", "y"),
         "all lines written as the first": ("o_y = i_line * BLOCK_N + o_n", "o_y = o_n", "y"),
-        "bias forgotten": ("if HAS_BIAS:", "if False:", "y"),
-        "transposed index not used": ("tl.load(entry_ptr + following) if INDEXED else following", "following", "dx"),
+        "live lines taken for empty": ("if begin == end:", "if begin < end:", "y"),
+        "bias forgotten": ("EVEN_N, HAS_BIAS", "EVEN_N, False", "y"),
+        "transposed index not used": ("tl.load(entry_ptr + following) if TRANSPOSED else following", "following", "dx"),
         "values not transposed": ("o_k[:, None] * STEP_K + o_n[None", "o_k[:, None] * STEP_N + o_n[None", "dx"),
     },
     (linear, "linear_wgrad_kernel"): {
         "end of a part ignored": ("last = tl.minimum(first + part, M)", "last = M", "dvalues"),
         "tail of the batch not masked": ("(m + o_m < last)", "(m + o_m >= 0)", "dvalues"),
-        "parts written over each other": ("tl.cast(i_part, tl.int64) * nnz", "0 * nnz", "dvalues"),
+        "parts written over each other": ("o_out, i_part, nnz", "o_out, 0, nnz", "dvalues"),
         "columns taken for rows": ("tl.load(row_ptr + i_entry) * R", "tl.load(col_ptr + i_entry) * R", "dvalues"),
     },
-    (linear, "add_parts_kernel"): {
+    (launch, "add_parts_kernel"): {
         "a part left out of the sum": ("range(PARTS)", "range(PARTS - 1)", "dvalues"),
         "dead positions not zero": ("if HAS_ALIVE:", "if False:", "dvalues"),
     },
     (conv, "conv2d_product_kernel"): {
-        "border of the image not masked": ("(at_w >= 0)", "(at_w >= -9)", "y"),
-        "tap shifted the wrong way": ("shift_h = tap // KW * dilation_h", "shift_h = -(tap // KW) * dilation_h", "y"),
-        "phase of a stride forgotten": ("o_i * stride_h + phase_h", "o_i * stride_h", "dx"),
+        "border of the image not masked": ("((x_w + shift_w).to(tl.uint32) < XW)", "(x_w + shift_w < XW)", "y"),
+        "tap shifted the wrong way": ("shift_h = tap // KW * DILATION_H", "shift_h = -(tap // KW) * DILATION_H", "y"),
+        "phase of a stride forgotten": ("o_i * STRIDE_H + phase_h", "o_i * STRIDE_H", "dx"),
         "entries of another phase": ("i_phase * lines + i_line + 1", "lines + i_line + 1", "dx"),
     },
     (conv, "conv2d_wgrad_kernel"): {
-        "stride ignored": ("// YW * stride_h + shift_h", "// YW + shift_h", "dvalues"),
-        "channels not masked": ("if TAIL:", "if False:", "dvalues"),
+        "stride ignored": ("% PIXELS // YW * STRIDE_H", "% PIXELS // YW", "dvalues"),
+        "pixels not carried on": ("begin_x + shift_w", "begin_x * 0 + shift_w", "dvalues"),
+        "pixels behind the last not masked": ("m_n & (o_m < last)[None, :]", "m_n", "dvalues"),
+        "channels not masked": ("(o_n < N)[:, None]", "(o_n >= 0)[:, None]", "dvalues"),
     },
 }
 EDITS = {

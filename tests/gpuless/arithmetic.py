@@ -47,7 +47,13 @@ def elementwise(compute: Callable[..., Any]) -> Callable[[Machine, Instruction, 
     def run(machine: Machine, instruction: Instruction, mask: Mask) -> None:
         result, *operands = instruction.operands
         kind = _plain(instruction.type)
-        machine.write(result, compute(*(machine.read(operand, kind) for operand in operands)), mask)
+        if kind in ("s16x2", "u16x2"):  # two numbers in a register
+            half = np.dtype("i2" if kind[0] == "s" else "u2")
+            bits = (np.broadcast_to(machine.read(operand, "u32"), machine.size) for operand in operands)
+            value = compute(*(np.ascontiguousarray(pair).view(half) for pair in bits)).astype(half).view(np.uint32)
+        else:
+            value = compute(*(machine.read(operand, kind) for operand in operands))
+        machine.write(result, value, mask)
 
     return run
 

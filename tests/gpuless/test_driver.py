@@ -55,6 +55,16 @@ def test_paths_that_part_meet_again():
     assert y.tolist() == [0, 1, 7, 2, 5, 8, 16, 3, 19]
 
 
+@BOTH
+def test_integers_of_16_bits(gpu):
+    x = torch.randint(-200, 200, (512,), dtype=torch.int16)
+    y = torch.empty_like(x)
+    with stand_in(gpu) as driver:
+        kernels.saturate_kernel[(1,)](x, y, BLOCK=512)
+    assert torch.equal(y, (2 * x).clamp(max=100))
+    assert ("16x2" in driver.launches[-1].asm["ptx"]) == (gpu == "sm_90")
+
+
 def test_only_the_chosen_programs_are_executed():
     x = torch.randn(256)
     with stand_in("sm_80", programs=lambda launch: [1]):

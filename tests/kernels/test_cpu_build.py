@@ -137,3 +137,14 @@ def test_no_second_openmp_runtime_is_loaded():
     code += "print(*set(re.findall(r'\\S*lib(?:gomp|omp|iomp)\\S*', maps)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert len(run.stdout.split()) == 1
+
+
+def test_the_first_step_of_a_process_rounds_as_later_ones_do():
+    code = """
+import torch
+from lottery_kernels import SparseLinear
+layer, x = SparseLinear(50, 30, mask=torch.rand(30, 50) < 0.2), torch.randn(1000, 50)
+gradients = [torch.autograd.grad(layer(x).square().sum(), layer.parameters()) for _ in range(2)]
+assert all(map(torch.equal, *gradients))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

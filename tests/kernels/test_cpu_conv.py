@@ -1,5 +1,7 @@
 """The C++ convolution kernels against fp64 autograd of the dense masked layer."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -134,6 +136,30 @@ def test_empty_output_and_input_channels(block):
 def test_images_larger_than_the_cache(block):
     """Several tiles along every axis, whose sources overlap."""
     Case(inputs=32, outputs=16, image=(40, 50), batch=33, density=0.05, block=block, dtype=torch.float32).check_error()
+
+
+def test_memory_of_freed_images_is_used_again_but_never_shared():
+    with deterministic(False):  # which would ask for NaN in new memory, and so for new memory
+        case = Case(inputs=3, outputs=3, image=(128, 128), batch=16, dtype=torch.float32, density=1.0)
+        x = case.tensors["x"].contiguous()
+        y, dx, dvalues, _ = case.found(x)  # images of 3 MiB
+        addresses = {y.data_ptr(), dx.data_ptr()}
+        kept = y.clone()
+        others = case.found(-x)
+        assert addresses.isdisjoint({others[0].data_ptr(), others[1].data_ptr()})
+        assert torch.equal(y, kept)
+        del y, dx, others
+        again = case.found(x)
+        assert addresses & {again[0].data_ptr(), again[1].data_ptr()}
+        assert torch.equal(again[0], kept) and torch.equal(again[2], dvalues)
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

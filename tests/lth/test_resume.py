@@ -18,15 +18,21 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_killed_at_every_write_a_dense_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    assert "equal bits" in kill_and_resume(tmp_path, "dense", every=1)
+    assert "equal bits" in kill_and_resume(tmp_path, "search", "dense", every=1)
 
 
 def test_killed_at_writes_a_sparse_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    assert "equal bits" in kill_and_resume(tmp_path, "sparse", every=17)
+    assert "equal bits" in kill_and_resume(tmp_path, "search", "sparse", every=17)
 
 
-def kill_and_resume(folder: Path, kernels: str, every: int) -> str:
-    command = [sys.executable, "-m", "tests.lth.killed_runs", folder, kernels, str(every)]
+@pytest.mark.parametrize("kernels", ["dense", "sparse"])
+def test_killed_at_writes_a_run_of_convolutions_resumes_to_the_same_bits(tmp_path: Path, kernels: str) -> None:
+    """With BatchNorm, augmentation, a schedule, the global scope and exempt layers."""
+    assert "equal bits" in kill_and_resume(tmp_path, "conv_search", kernels, every=13)
+
+
+def kill_and_resume(folder: Path, search: str, kernels: str, every: int) -> str:
+    command = [sys.executable, "-m", "tests.lth.killed_runs", folder, search, kernels, str(every)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout

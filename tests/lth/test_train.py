@@ -38,6 +38,16 @@ def test_batches_are_a_pure_function_of_iteration_and_seed() -> None:
     assert not torch.equal(batches(0, 2)[0], forward[0])
 
 
+def test_a_batch_can_be_drawn_into_tensors_that_are_there() -> None:
+    x, y = tiny.examples()
+    batches = Shuffled([x, y], 32)
+    for iteration in range(7):
+        drawn = batches(iteration, 1)
+        places = [torch.empty_like(tensor) for tensor in drawn]
+        batches.fill(iteration, 1, places)
+        assert all(torch.equal(*pair) for pair in zip(places, drawn, strict=True))
+
+
 def test_examples_that_fill_no_batch_wait_for_another_order() -> None:
     batches = Shuffled([torch.arange(10)], 4)
     assert {len(batches(iteration, 0)[0]) for iteration in range(10)} == {4}
@@ -135,6 +145,17 @@ def test_classification_judges_all_examples_whatever_the_chunks(monkeypatch: pyt
     assert classify.judge(model, data.Examples(x, y)) == pytest.approx(whole)
     assert whole[0] == pytest.approx(nn.functional.cross_entropy(model(x), y).item())
     assert whole[1] == pytest.approx((model(x).argmax(1) == y).float().mean().item())
+
+
+def test_autocast_computes_in_its_type_and_judges_so_too() -> None:
+    x, y = tiny.examples()
+    model, seen = tiny.network(), list[torch.dtype]()
+    model[0].register_forward_hook(lambda module, args, y: seen.append(y.dtype))
+    loss = classify.cross_entropy_step(model, (x, y), torch.bfloat16)
+    classify.judge(model, data.Examples(x, y), torch.bfloat16)
+    assert seen == [torch.bfloat16, torch.bfloat16]
+    assert loss.dtype == torch.float32
+    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
 def test_lenet_learns_the_small_mnist() -> None:

@@ -1,4 +1,4 @@
-"""A classification problem that trains in milliseconds, with everything that a continuation could lose."""
+"""Classification problems that train in milliseconds, with everything that a continuation could lose."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lth import files
+from lth.augment import AUGMENTATIONS, Augmented
+from lth.classify import Shuffled
+from lth.models import Residual
+from lth.schedule import Schedule
 from lth.store import Run
 from lth.ticket import Tickets, find_ticket
 
@@ -69,6 +73,40 @@ def search(**changes: Any) -> Tickets:
     }
     chosen.update(changes)
     return find_ticket(**chosen)
+
+
+IMAGE = (2, 9, 8)
+
+
+def images(count: int = 64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(count, *IMAGE, generator=generator)
+    return x, (x.flatten(1) @ torch.randn(x[0].numel(), 3, generator=generator)).argmax(1)
+
+
+def residual_network() -> nn.Sequential:
+    """Convolutions with BatchNorm, strides, a shortcut of 1×1, pooling: 0, 1, 3.body.conv1, …, output."""
+    first = nn.Conv2d(2, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU()
+    return nn.Sequential(*first, Residual(6, 8, 2), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 3))
+
+
+def conv_search(**changes: Any) -> Tickets:
+    """A search over convolutions with all that the deep presets ask for: global scope, exempt layers, augmentation,
+    warm-up and milestones, momentum and weight decay; `changes` go to find_ticket."""
+    dtype = changes.pop("dtype", torch.float32)
+    x, y = images()
+    chosen: dict[str, Any] = {
+        "model": lambda: residual_network().to(dtype),
+        "data": Augmented(Shuffled((x.to(dtype), y), 16), AUGMENTATIONS),
+        "optimizer": sgd,
+        "scheduler": lambda optimizer: Schedule(3, (4, 8)).schedulers([optimizer]),
+        "evaluate": lambda model: {"val_loss": F.cross_entropy(model(x.to(dtype)), y).item()},
+        "rate": dict.fromkeys(("0", "3.body.conv1", "3.body.conv2"), 0.3),
+        "scope": "global",
+        "rewind": 2,
+        "batch_size": None,
+    }
+    return search(**{**chosen, **changes})
 
 
 def bits(folder: Path) -> dict[str, Any]:

@@ -63,8 +63,6 @@ void forward(const Image<const S>& x, const S* values, const S* bias, const Conv
         const LineChannels channels(pass.target_channels, weight.r, line);
         for (int64_t t = tile.row; t < tile.row_end; ++t) {
           const auto [from, to] = pass.inside[t];
-          for (int64_t out = 0; out < channels.count; ++out)
-            pass.target(y, channels.first + out, t, tile).prefetch(pass.run(tile));
           sums.run(
               pass.gather.begin(line, from), pass.gather.begin(line, to), panel.row(t), pass.run(tile), channels.count,
               [&](int64_t out) { return bias ? bias[channels.first + out] : S(0); },
@@ -72,6 +70,7 @@ void forward(const Image<const S>& x, const S* values, const S* bias, const Conv
         }
       }
     }
+    finish_streams();
   });
 }
 

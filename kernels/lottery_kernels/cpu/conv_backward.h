@@ -37,15 +37,13 @@ class BackwardShare {
         else block(line);
       }
     }
+    finish_streams();
   }
 
  private:
   // Unstructured, a line is a channel: each row of dy is loaded once for both gradients.
   void single(int64_t line) {
     const Gather& gather = pass_.gather;
-    if (line + 1 < gather.lines())
-      for (int64_t t = tile_.row; t < tile_.row_end; ++t)
-        pass_.target(x_, line + 1, t, tile_).prefetch(pass_.run(tile_));
     const int64_t first = gather.begin(line), count = gather.begin(line + 1) - first;
     const int64_t padded = (count + L - 1) / L * L;
     if (int64_t(products_.size()) < padded * L) products_.resize(padded * L);
@@ -56,7 +54,6 @@ class BackwardShare {
       const auto x = pass_.target(x_, line, t, tile_);
       if (wanted_.dx.data) {
         const auto dx = pass_.target(wanted_.dx, line, t, tile_);
-        dx.prefetch(pass_.run(tile_));
         cover<kRegisters / 4>(pass_.run(tile_), [&]<int V>(std::integral_constant<int, V>, int64_t v) {
           gradients<V, true>(first, k0, k1, panel_.row(t) + v * L, v, x, &dx);
         });
@@ -103,9 +100,6 @@ class BackwardShare {
     for (int64_t t = tile_.row; t < tile_.row_end; ++t) {
       const auto [from, to] = pass_.inside[t];
       const int64_t k0 = gather.begin(line, from), k1 = gather.begin(line, to);
-      if (wanted_.dx.data)
-        for (int64_t in = 0; in < channels.count; ++in)
-          pass_.target(wanted_.dx, channels.first + in, t, tile_).prefetch(vectors);
       if (wanted_.dx.data)
         sums_.run(
             k0, k1, panel_.row(t), vectors, channels.count, [](int64_t) { return S(0); },

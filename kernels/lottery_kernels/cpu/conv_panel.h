@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "conv_geometry.h"
+#include "memory.h"
+#include "stream.h"
 #include "vector.h"
 
 namespace lottery {
@@ -18,6 +20,7 @@ struct Image {
   int64_t channels, height, width, batch;
 
   S* row(int64_t channel, int64_t y) const { return data + (channel * height + y) * width * batch; }
+  int64_t bytes() const { return channels * height * width * batch * int64_t(sizeof(S)); }
 };
 
 // Channels in groups, each padded to whole blocks: the padded number of channel c.
@@ -75,10 +78,8 @@ class SourcePanel {
       S* plane = buffer_ + channels_.padded(channel) * window_.plane;
       if (kept > 0) std::memmove(plane, plane + (begin - begin_) * window_.row, kept * window_.row * sizeof(S));
       for (int64_t row = begin + kept; row < end; ++row)
-        if (used_rows_[(row - top) % down_.walk]) {
-          if (channel + kAhead < x_.channels) prefetch_row(x_.row(channel + kAhead, row), tile);
+        if (used_rows_[(row - top) % down_.walk])
           pack_row(x_.row(channel, row), tile, plane + (row - begin) * window_.row);
-        }
     }
     tile_ = tile, begin_ = begin, end_ = std::max(begin, end);
   }
@@ -87,22 +88,9 @@ class SourcePanel {
   const S* row(int64_t t) const { return buffer_ + (down_.walk * t - begin_) * window_.row; }
 
  private:
-  static constexpr int64_t kAhead = 2;  // channels: pieces are too short for the processor to foresee
-
-  // The part of a row of sources that `pack_row` reads.
-  void prefetch_row(const S* from, const Tile& tile) const {
-    const int64_t left = across_.walk * tile.col + window_.lowest_col;
-    const int64_t first = std::max<int64_t>(0, left);
-    const int64_t last = std::min(x_.width, left + window_.slots * across_.walk);
-    for (int64_t col = first; col < last; ++col)
-      for (int64_t n = 0; n < chunk_ && tile.n0 + n < x_.batch; n += kLanes<S>)
-        __builtin_prefetch(from + col * x_.batch + tile.n0 + n);
-  }
-
   static S* buffer(int64_t size) {
-    thread_local std::vector<S> held;
-    if (int64_t(held.size()) < size) held.resize(size);
-    return held.data();
+    thread_local Scratch<S> held;
+    return held.at_least(size);
   }
 
   void pack_row(const S* from, const Tile& tile, S* to) const {
@@ -153,8 +141,10 @@ class TargetRow {
   using S = std::remove_const_t<T>;
 
  public:
-  TargetRow(T* begin, int64_t batch, int64_t step, int64_t vectors, int64_t left)
-      : begin_(begin), step_(step * batch), shift_(vectors == 4 ? 2 : vectors == 2 ? 1 : 0), left_(left) {}
+  // past_cache: whether to stream what is written
+  TargetRow(T* begin, int64_t batch, int64_t step, int64_t vectors, int64_t left, bool past_cache)
+      : begin_(begin), step_(step * batch), shift_(vectors == 4 ? 2 : vectors == 2 ? 1 : 0), left_(left),
+        streams_(past_cache && is_aligned(begin) && batch % kLanes<S> == 0) {}
 
   // batch entries of vector v that exist
   int64_t count(int64_t v) const { return left_ - part(v) * kLanes<S>; }
@@ -166,14 +156,9 @@ class TargetRow {
     return load(tail);
   }
 
-  // Fetches vectors [0, total) into the cache, to be read or (where T is not const) written soon.
-  void prefetch(int64_t total) const {
-    for (int64_t v = 0; v < total; ++v)
-      if (count(v) > 0) __builtin_prefetch(at(v), std::is_const_v<T> ? 0 : 1);
-  }
-
   void put(int64_t v, Vec<S> value) const {
-    if (count(v) >= kLanes<S>) store(at(v), value);
+    if (streams_) stream(at(v), value);
+    else if (count(v) >= kLanes<S>) store(at(v), value);
     else if (count(v) > 0) std::memcpy(at(v), &value, count(v) * sizeof(S));
   }
 
@@ -185,6 +170,7 @@ class TargetRow {
   int64_t step_;
   int shift_;
   int64_t left_;
+  bool streams_;
 };
 
 }  // namespace lottery

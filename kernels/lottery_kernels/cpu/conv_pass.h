@@ -31,7 +31,8 @@ inline double packing_cost(const Axis& down, const Window& window, const Tiling&
 // The cheapest tiles whose panel fits the second-level cache and whose runs fill the registers.
 inline Tiling choose_tiling(const Axis& down, const Axis& across, int64_t channels, int64_t batch, int64_t lanes,
                      int64_t bytes) {
-  constexpr int64_t kCache = 640 << 10, kVectors = 4;
+  constexpr int64_t kVectors = 4;
+  const int64_t room = cache_size() / 8 * 7;
   Tiling best{1, 1, 1};
   double best_cost = std::numeric_limits<double>::infinity();
   for (int64_t vectors = kVectors; vectors >= 1; vectors /= 2) {
@@ -40,7 +41,7 @@ inline Tiling choose_tiling(const Axis& down, const Axis& across, int64_t channe
       Tiling tiling{1, (across.targets + parts - 1) / parts, vectors};
       if (parts > 1 && tiling.cols * vectors < 8) break;
       const auto fits = [&](int64_t rows) {
-        return channels * Window(down, across, {rows, tiling.cols, vectors}, lanes).plane * bytes <= kCache;
+        return channels * Window(down, across, {rows, tiling.cols, vectors}, lanes).plane * bytes <= room;
       };
       const double overflow = fits(1) ? 0 : 100. * tiling.cols * vectors;  // the smallest, if none fits
       while (tiling.rows < down.targets && fits(tiling.rows + 1)) ++tiling.rows;
@@ -64,6 +65,7 @@ struct Pass {
   Tiling tiling;
   Tiles tiles;
   Window window;
+  int64_t room;  // bytes of targets that the cache would hold beside a panel
   Gather gather;
   std::vector<std::pair<int64_t, int64_t>> inside;  // rows of taps that read a source, by row of targets
 
@@ -75,6 +77,7 @@ struct Pass {
         tiling(choose_tiling(down, across, source_channels.padded_total(), source.batch, kLanes<S>, sizeof(S))),
         tiles{tiling, tiling.vectors * kLanes<S>, down.targets, across.targets, source.batch},
         window(down, across, tiling, kLanes<S>),
+        room(int64_t(cache_size()) - source_channels.padded_total() * window.plane * int64_t(sizeof(S))),
         gather(entries, source_channels.groups, source_channels.padded_size / source_depth, source_depth, down, across,
                window, tiles.chunk) {
     for (int64_t t = 0; t < down.targets; ++t) inside.push_back(down.inside(t));
@@ -85,7 +88,8 @@ struct Pass {
   template <class T>
   TargetRow<T> target(const Image<T>& image, int64_t channel, int64_t t, const Tile& tile) const {
     T* begin = image.row(channel, down.first + down.step * t) + (across.first + across.step * tile.col) * image.batch;
-    return TargetRow<T>{begin + tile.n0, image.batch, across.step, tiling.vectors, image.batch - tile.n0};
+    const bool past_cache = !std::is_const_v<T> && image.bytes() > room;
+    return {begin + tile.n0, image.batch, across.step, tiling.vectors, image.batch - tile.n0, past_cache};
   }
 
   int64_t run(const Tile& tile) const { return (tile.col_end - tile.col) * tiling.vectors; }

@@ -2,29 +2,23 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+
+#include "memory.h"
 
 namespace lottery {
 
 inline bool is_batch_innermost(const at::Tensor& x) { return x.permute({1, 2, 3, 0}).is_contiguous(); }
 
-// Large images in large pages: touching fresh memory in small ones costs as much as a sparse convolution.
-inline void prefer_large_pages(const at::Tensor& x) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
-  const auto begin = (reinterpret_cast<uintptr_t>(x.data_ptr()) + kPage - 1) / kPage * kPage;
-  const auto end = (reinterpret_cast<uintptr_t>(x.data_ptr()) + x.nbytes()) / kPage * kPage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a mere hint
-#endif
-}
-
 inline at::Tensor empty_image(const at::Tensor& like, at::IntArrayRef shape) {
   const int64_t n = shape[0], w = shape[3], h = shape[2];
-  at::Tensor image = at::empty_strided(shape, {1, h * w * n, w * n, n}, like.options());
-  prefer_large_pages(image);
-  return image;
+  const std::array<int64_t, 4> strides{1, h * w * n, w * n, n};
+  const size_t needed = shape[1] * h * w * n * like.element_size();
+  const bool is_to_be_filled = at::globalContext().deterministicAlgorithms();  // torch then fills with NaN
+  if (needed < kLargePage || is_to_be_filled) return at::empty_strided(shape, strides, like.options());
+  const size_t bytes = in_large_pages(needed);
+  void* data = Pool::instance().take(bytes);
+  const auto give_back = [bytes](void* block) { Pool::instance().give_back(block, bytes); };
+  return at::from_blob(data, shape, strides, give_back, like.options());
 }
 
 inline at::Tensor empty_image_symint(const at::Tensor& like) {

@@ -1,4 +1,8 @@
-"""What every launcher does: reads a pattern's arrays, checks arguments, and launches on the right device."""
+"""What the kernels and launchers of linear layers and convolutions share.
+
+Forward and dgrad are a product of rows of activations with the live blocks of a line (a block row, for dgrad a block
+column); wgrad sums over those rows for each live block, in parts that a second kernel adds up where blocks are few.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,98 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from .settings import Target, Tile, unsupported
+from .settings import Target, Tile, precision, product_tile, unsupported, wgrad_split, wgrad_tile
+
+
+@triton.jit
+def grouped_tile(pid, tiles, lines, GROUP: tl.constexpr):
+    """Program number -> (activation tile, line), `GROUP` tiles at a time with the line changing slowest."""
+    first = pid // (GROUP * lines) * GROUP
+    size = tl.minimum(tiles - first, GROUP)
+    within = pid % (GROUP * lines)
+    return first + within % size, within // size
+
+
+@triton.jit
+def row_offsets(o_m, STRIDE: tl.constexpr):
+    """o_m · STRIDE for rows o_m of a tile, in 32 bits where they hold it."""
+    return o_m * STRIDE if o_m.shape[0] * STRIDE < 2**30 else o_m.to(tl.int64) * STRIDE
+
+
+@triton.jit
+def store_tile(
+    y_ptr,
+    bias_ptr,
+    b_y,
+    o_m,
+    o_n,
+    m_m,
+    m_n,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """y[o_m + o_n] = b_y [BM, BN] + bias[o_n] where m_m and m_n; with EVEN_M, EVEN_N these are all true."""
+    if HAS_BIAS:
+        b_bias = tl.load(bias_ptr + o_n) if EVEN_N else tl.load(bias_ptr + o_n, mask=m_n, other=0.0)
+        b_y += b_bias.to(tl.float32)[None, :]
+    if RELU:
+        b_y = tl.maximum(b_y, 0.0)
+    b_y = b_y.to(y_ptr.dtype.element_ty)
+    p_y = y_ptr + (o_m[:, None] + o_n[None, :])
+    if EVEN_M and EVEN_N:
+        tl.store(p_y, b_y)
+    elif EVEN_M:
+        tl.store(p_y, b_y, mask=m_n[None, :])
+    elif EVEN_N:
+        tl.store(p_y, b_y, mask=m_m[:, None])
+    else:
+        tl.store(p_y, b_y, mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit
+def store_block(
+    out_ptr,
+    alive_ptr,
+    b_dw,
+    o_out,
+    i_part,
+    nnz,
+    SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_ALIVE: tl.constexpr,
+):
+    """A tile of wgrad at o_out of out [nnz · SIZE], zero where not alive; with SPLIT into part i_part of the sums."""
+    if SPLIT:
+        tl.store(out_ptr + tl.cast(i_part, tl.int64) * nnz * SIZE + o_out, b_dw)
+    else:
+        if HAS_ALIVE:
+            b_dw = tl.where(tl.load(alive_ptr + o_out) != 0, b_dw, 0.0)
+        tl.store(out_ptr + o_out, b_dw.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def add_parts_kernel(
+    parts_ptr, out_ptr, alive_ptr, size, PARTS: tl.constexpr, HAS_ALIVE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out [size] = the sum of parts [PARTS, size], first to last; zero where not alive."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < size
+    b = tl.zeros((BLOCK,), dtype=tl.float32)
+    for i in range(PARTS):
+        b += tl.load(parts_ptr + tl.cast(i, tl.int64) * size + o, mask=m, other=0.0)
+    if HAS_ALIVE:
+        b = tl.where(tl.load(alive_ptr + o, mask=m, other=0) != 0, b, 0.0)
+    tl.store(out_ptr + o, b.to(out_ptr.dtype.element_ty), mask=m)
+
+
+SUMS = {"matmul": 128, "conv": 64}  # registers of a thread for results: convolutions keep coordinates of pixels too
 
 
 class Index(NamedTuple):
@@ -45,6 +137,16 @@ class Index(NamedTuple):
     def alive_bytes(self) -> Tensor:
         """`alive` as bytes; where there is none, any array in its place: the kernel will not read it."""
         return self.col if self.alive is None else self.alive.view(torch.uint8)
+
+
+class Lines(NamedTuple):
+    """The blocks that a product walks: line n has entries i from `begin[n]` to `begin[n + 1]`, whose block is
+    `block[i]` and whose values are at `entry[i]`, or at i without `entry`. `order` lists the lines, longest first."""
+
+    begin: Tensor
+    block: Tensor
+    entry: Tensor | None  # of the transposed index only
+    order: Tensor
 
 
 def check(values: Tensor, index: Index, dims: int, groups: int = 1, **activations: tuple[Tensor | None, int]) -> Target:
@@ -85,6 +187,90 @@ def check(values: Tensor, index: Index, dims: int, groups: int = 1, **activation
     if reason:
         raise ValueError(reason)
     return target
+
+
+def launch_product(
+    kernel: Any,
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    lines: Lines,
+    rows: int,
+    operator: str,
+    target: Target,
+    phases: int = 1,
+    **constants: Any,
+) -> None:
+    """Forward, or dgrad over the transposed index: y from `tensors` = x, values, bias, y.
+
+    Args:
+        rows: of activations in the result, for each of `phases`.
+        operator: whose switch says how fp32 is multiplied, "matmul" or "conv".
+        constants: what else the kernel wants.
+    """
+    x, values, bias, y = tensors
+    r, c = values.shape[1:]
+    depth, cols, step_k, step_n = (c, r, 1, c) if lines.entry is None else (r, c, c, 1)
+    mode = precision(x.dtype, operator, target)
+    tile = product_tile(rows, cols, depth, x.dtype, mode, target, SUMS[operator])
+    tiles, count = triton.cdiv(rows, tile.rows), lines.order.shape[0]
+    launch(
+        kernel,
+        phases * tiles * count * (cols // tile.cols),
+        (x, values.contiguous(), bias, y, *lines, tiles, count, rows),
+        tile,
+        BLOCK_K=depth,
+        BLOCK_N=cols,
+        STEP_K=step_k,
+        STEP_N=step_n,
+        BM=tile.rows,
+        BN=tile.cols,
+        BK=tile.depth,
+        GROUP=tile.group,
+        EVEN_M=rows % tile.rows == 0,
+        TRANSPOSED=lines.entry is not None,
+        HAS_BIAS=bias is not None,
+        PRECISION=mode,
+        **constants,
+    )
+
+
+def launch_wgrad(
+    kernel: Any,
+    dy: Tensor,
+    x: Tensor,
+    dvalues: Tensor,
+    index: Index,
+    rows: int,
+    operator: str,
+    target: Target,
+    **constants: Any,
+) -> None:
+    """dvalues `[nnz, r, c]`: the sum over `rows` rows of activations at the live blocks. Otherwise as for a product."""
+    nnz, r, c = dvalues.shape
+    mode = precision(x.dtype, operator, target)
+    tile = wgrad_tile((r, c), x.dtype, mode, target, SUMS[operator])
+    programs = nnz * (r // tile.cols) * (c // tile.depth)
+    part, parts = wgrad_split(programs, rows, tile.rows, target)
+    sums = dvalues if parts == 1 else torch.empty(parts, nnz, r, c, dtype=torch.float32, device=x.device)
+    launch(
+        kernel,
+        programs * parts,
+        (dy, x, sums, index.row, index.col, index.alive_bytes, nnz, rows, part),
+        tile,
+        R=r,
+        C=c,
+        BM=tile.rows,
+        BR=tile.cols,
+        BC=tile.depth,
+        EVEN_M=rows % tile.rows == 0,
+        SPLIT=parts > 1,
+        HAS_ALIVE=index.alive is not None,
+        PRECISION=mode,
+        **constants,
+    )
+    if parts > 1:
+        size = dvalues.numel()
+        options = {"PARTS": parts, "HAS_ALIVE": index.alive is not None, "BLOCK": 1024}
+        launch(add_parts_kernel, triton.cdiv(size, 1024), (sums, dvalues, index.alive_bytes, size), None, **options)
 
 
 def launch(kernel: Any, programs: int, args: Sequence[Any], tile: Tile | None, **constants: Any) -> None:

@@ -81,35 +81,44 @@ def precision(dtype: torch.dtype, operator: str, target: Target) -> str:
     return "tf32" if chosen == "tf32" and knows_tf32 else "ieee"
 
 
-def product_tile(rows: int, cols: int, depth: int, dtype: torch.dtype, precision: str, target: Target) -> Tile:
-    """Forward and dgrad: `rows` activations, blocks that are `depth` deep and give `cols` columns."""
+def product_tile(
+    rows: int, cols: int, depth: int, dtype: torch.dtype, precision: str, target: Target, sums: int = 128
+) -> Tile:
+    """Forward and dgrad: `rows` activations, blocks that are `depth` deep and give `cols` columns.
+
+    `sums` is how many of its results a thread has registers for, beside what else the kernel keeps in them.
+    """
     tall = max(16, min(128, _power_of_two(rows)))
     if dtype == torch.float32 and precision == "ieee":  # no tensor cores: the tile lives in registers
         return Tile(min(tall, 64), min(cols, 64), min(depth, 32), 4, 2 if target.backend == "hip" else 3)
     wide = min(cols, 128)
     step = min(depth, 32 if dtype == torch.float32 else 64)
-    if wide <= 32 and rows >= 4096 and dtype.itemsize == 2:  # narrow blocks: more rows for what a program does once
-        tall = 256
+    if wide <= (64 if _multiplies_by_warp(target) else 32) and rows >= 4096 and dtype.itemsize == 2:
+        tall = 256  # narrow blocks: more rows for what a program does once
     warps = 8 if tall * wide > 128 * 64 else 4
     if _multiplies_by_warp(target):
-        if dtype.itemsize == 2 and tall * wide <= 128 * 32 and tall * step <= 128 * 64:
-            warps = 2  # of fp32 their operands would spill
+        if dtype.itemsize == 2:  # the more sums a thread has, the fewer instructions an operation takes
+            few = wide <= 32 or tall * wide <= 64 * 64
+            warps = max(2 if few else 4, tall * wide // (32 * sums))
+            warps = max(warps, 4) if tall * step > 128 * 64 else warps
         elif step == 16 and wide == 64:
             tall = min(tall, 64)  # with 128 ptxas spills
-    stages = 4 if dtype.itemsize == 2 and step * (tall + wide) * 2 <= 24576 else 3
+    stages = 4 if dtype.itemsize == 2 and step * (tall + wide) * 2 <= 12288 else 3
     return Tile(tall, wide, step, warps, 2 if target.backend == "hip" else stages)
 
 
-def wgrad_tile(block: tuple[int, int], dtype: torch.dtype, precision: str, target: Target) -> Tile:
-    """wgrad: a program sums one block, or a part of it, `rows` activations a step."""
+def wgrad_tile(block: tuple[int, int], dtype: torch.dtype, precision: str, target: Target, sums: int = 128) -> Tile:
+    """wgrad: a program sums one block, or a part of it, `rows` activations a step; `sums` as for a product."""
     if dtype == torch.float32 and precision == "ieee":
         return Tile(32, min(block[0], 64), min(block[1], 64), 4, 2 if target.backend == "hip" else 3)
     high, wide = block
     area = high * wide
-    # Few warps share a small block: each loads operands of its own. From 64 rows on four warps can multiply together.
-    warps = 8 if area > 64 * 128 else 4 if area >= 64 * 64 or high >= 64 else 2 if area >= 32 * 32 else 1
-    rows = (32 if dtype == torch.float32 else 64) * (2 if area <= 32 * 32 else 1)
-    stages = 4 if dtype.itemsize == 2 and rows * (high + wide) * 2 <= 24576 else 3
+    if _multiplies_by_warp(target) and dtype.itemsize == 2:
+        warps = max(1, min(4, area // (32 * 64)))
+    else:  # from 64 rows on four warps can multiply together
+        warps = 8 if area > 64 * 128 else 4 if area >= 64 * 64 or high >= 64 else 2 if area >= 32 * 32 else 1
+    rows = (32 if dtype == torch.float32 else 64) * (2 if area <= 8 * sums else 1)
+    stages = 4 if dtype.itemsize == 2 and rows * (high + wide) * 2 <= 12288 else 3
     return Tile(rows, high, wide, warps, 2 if target.backend == "hip" else stages)
 
 
@@ -121,10 +130,11 @@ def _multiplies_by_warp(target: Target) -> bool:
 def wgrad_split(programs: int, size: int, step: int, target: Target) -> tuple[int, int]:
     """Cuts the sum over `size` rows, `step` at a time, so that few live blocks still fill the chip.
 
-    `programs` would run without a cut. Returns (rows of a part, parts); a part has at least 4 steps.
+    `programs` would run without a cut. Returns (rows of a part, parts); a part has at least 512 rows, so that what a
+    program does once stays small.
     """
     steps = -(-size // step)
-    parts = max(1, min(4 * target.processors // programs, steps // 4))
+    parts = max(1, min(4 * target.processors // programs, size // 512))
     part = -(-steps // parts) * step
     return part, max(1, -(-size // part) if part else 1)
 

@@ -1,0 +1,37 @@
+// Stores past the caches: memory that is written whole need not be read first, and what is in the caches stays there.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+
+#include "vector.h"
+
+namespace lottery {
+
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
+
+// `p` is aligned to a vector.
+template <class S>
+inline void stream(S* p, Vec<S> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(reinterpret_cast<float*>(p), reinterpret_cast<__m512>(v));
+#elif defined(__AVX__)
+  _mm256_stream_ps(reinterpret_cast<float*>(p), reinterpret_cast<__m256>(v));
+#elif defined(__x86_64__)
+  _mm_stream_ps(reinterpret_cast<float*>(p), reinterpret_cast<__m128>(v));
+#else
+  store(p, v);
+#endif
+}
+
+// Makes streamed stores visible to other threads.
+inline void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace lottery
