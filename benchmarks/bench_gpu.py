@@ -3,19 +3,23 @@
     python -m benchmarks.bench_gpu [--only TEXT] [--out benchmarks/gpu_work.md]
 
 Every kernel is compiled for sm_80 and executed in the emulator of `tests/gpuless` on a sample of its programs that
-stands for all of them exactly: whole tiles of activations (for a convolution, whole images) times all block rows, or
-for wgrad evenly spread live blocks times all parts of the batch. Written are, for the three passes together,
+stands for all of them: a tile of activations (for a convolution, tiles of a whole image) times all block rows, or for
+wgrad all parts of the batch times a live block (for a convolution, 18 that are evenly spread, since taps at the border
+of an image read fewer sectors). Matrix and all instructions are exact, and so are a linear layer's sectors. bf16 stands
+for fp16, whose counts are the same. Written are, for the three passes together or one by one,
 
     matrix    matrix instructions, relative to a full mask with the same blocks
-    all       instructions of warps, relative to the dense kernel
+    all       instructions of warps in PTX, relative to the dense kernel
     sectors   sectors of 32 bytes that warps read and write (before any cache), relative to (b), (c) and (d):
     (a) the live share of blocks
-    (b) a dense Triton kernel at its best tile: for linear the product below, for a convolution this project's kernel
-        with a full mask and its best block
+    (b) a dense Triton kernel at the tile with the fewest instructions: for linear the product below, for a convolution
+        this project's kernel with a full mask and its best block
     (c) the least for the tiling: each program reads its live blocks and the activation tiles that these need once, and
         writes its result once
     (d) the least without a tiling: live values, x and y each once
     (e) for the linear forward pass, PyTorch's `bsr_dense_addmm` with the settings that PyTorch ships for an A100
+    floor     (a), and what writing y and dx takes at least: for 512 bytes a store of a warp and, unless in fp32, four
+              conversions; relative to the dense kernel's instructions
 
 `bound` is an upper bound, no measurement: the speed-up over a dense kernel that reaches 80 % of the tensor cores' peak,
 if the sparse one were limited by nothing but peak arithmetic, its sectors at the second-level cache's bandwidth and (d)
@@ -26,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,7 +45,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lottery_kernels.gpu import settings
-from tests.gpu.cases import Layer, precision
+from lottery_kernels.gpu.launch import SUMS
+from tests.gpu.cases import PRECISIONS, Layer, precision
 from tests.gpuless.driver import Launch, stand_in
 from tests.gpuless.memory import SECTOR
 
@@ -63,16 +69,29 @@ CARDS = {
     "H100": Card(989e12, 5120 * 1.755e9, 3350e9),  # the cache's width is taken as the A100's
 }
 LAYERS = {
-    "linear 1024": Layer("bf16", (32, 32), (1024, 1024), 4096),
-    "linear 2048": Layer("bf16", (32, 32), (2048, 2048), 4096),
-    "linear 4096": Layer("bf16", (32, 32), (4096, 4096), 4096),
-    "lenet-wide 784-2048": Layer("bf16", (32, 32), (2048, 784), 128),
-    "lenet-wide 2048-1024": Layer("bf16", (32, 32), (1024, 2048), 128),
-    "VGG-19 128, 16x16": Layer("bf16", (32, 32), (128, 128, 3, 3), 64, (16, 16), padding=(1, 1)),
-    "VGG-19 256, 8x8": Layer("bf16", (32, 32), (256, 256, 3, 3), 64, (8, 8), padding=(1, 1)),
-    "VGG-19 512, 4x4": Layer("bf16", (32, 32), (512, 512, 3, 3), 64, (4, 4), padding=(1, 1)),
-    "ResNet 64, 8x8": Layer("bf16", (32, 32), (64, 64, 3, 3), 128, (8, 8), padding=(1, 1)),
+    name: Layer("bf16", (32, 32), bias=False, **options)
+    for name, options in {
+        "linear 1024": {"weight_shape": (1024, 1024), "batch": 4096},
+        "linear 2048": {"weight_shape": (2048, 2048), "batch": 4096},
+        "linear 4096": {"weight_shape": (4096, 4096), "batch": 4096},
+        "lenet-wide 784-2048": {"weight_shape": (2048, 784), "batch": 128},
+        "lenet-wide 2048-1024": {"weight_shape": (1024, 2048), "batch": 128},
+        "VGG-19 128, 16x16": {"weight_shape": (128, 128, 3, 3), "batch": 64, "image": (16, 16), "padding": (1, 1)},
+        "VGG-19 256, 8x8": {"weight_shape": (256, 256, 3, 3), "batch": 64, "image": (8, 8), "padding": (1, 1)},
+        "VGG-19 512, 4x4": {"weight_shape": (512, 512, 3, 3), "batch": 64, "image": (4, 4), "padding": (1, 1)},
+        "ResNet 64, 8x8": {"weight_shape": (64, 64, 3, 3), "batch": 128, "image": (8, 8), "padding": (1, 1)},
+    }.items()
 }
+SPREAD = 18  # live blocks of a convolution that stand for all in wgrad
+TILES = (  # of the dense product: rows, cols, depth, warps, stages
+    *((128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4)),
+    *((128, 64, 64, 4, 4), (64, 64, 64, 4, 4)),
+)
+HEAD = (
+    "Counted by `python -m benchmarks.bench_gpu`, whose docstring says what the columns hold. Nothing here is a time."
+)
+PER_LAYER = "linear 2048"  # whose passes are listed one by one
+IN_TF32 = "linear 1024"  # which is also counted in fp32 by tf32
 
 
 @triton.jit
@@ -91,7 +110,7 @@ def dense_kernel(a_ptr, b_ptr, c_ptr, M, N, K, am, ak, bk, bn, BM: tl.constexpr,
     tl.store(c_ptr + o_m[:, None] * N + o_n[None, :], b_c.to(c_ptr.dtype.element_ty))
 
 
-def counted(run: Callable[[], Any], sample: Callable[[Launch], list[int]]) -> Counts:
+def counted(run: Callable[[], Any], sample: Callable[[Launch], list[int]], kind: str = "bf16") -> Counts:
     """What all launches of `run` count, scaled from the programs that `sample` picks to the whole grid."""
     picked: list[list[int]] = []
 
@@ -99,7 +118,7 @@ def counted(run: Callable[[], Any], sample: Callable[[Launch], list[int]]) -> Co
         picked.append(sample(launch))
         return picked[-1]
 
-    with stand_in(GPU, programs=programs, races=False) as gpu, precision("bf16"):
+    with stand_in(GPU, programs=programs, races=False) as gpu, precision(kind):
         run()
     total: Counts = Counts()
     for launch, chosen in zip(gpu.launches, picked, strict=True):
@@ -108,43 +127,33 @@ def counted(run: Callable[[], Any], sample: Callable[[Launch], list[int]]) -> Co
     return total
 
 
-def sampler(layer: Layer, block: tuple[int, int], nnz: int) -> Callable[[Launch], list[int]]:
+def sampler(layer: Layer, nnz: int) -> Callable[[Launch], list[int]]:
     """Programs that stand for all: see above."""
 
     def sample(launch: Launch) -> list[int]:
         count = math.prod(launch.grid)
-        if launch.name == "add_parts_kernel" or launch.name == "dense_kernel":
-            return list(range(min(count, 4)))
+        given = dict(zip(launch.source.arg_names, launch.args, strict=True))
+        if launch.name == "add_parts_kernel":
+            return [0]
         if "wgrad" in launch.name:
-            per_part = count // _parts(launch, nnz, block)
-            tiles = per_part // nnz
-            entries = sorted({round(i * (nnz - 1) / 15) for i in range(16)})
-            return [
-                part * per_part + entry * tiles + tile
-                for part in range(count // per_part)
-                for entry in entries
-                for tile in range(tiles)
-            ]
-        tiles = launch.args[launch.source.arg_names.index("tiles")]  # of activations
-        lines = count // tiles
-        group = min(tiles, settings.Tile.group)
-        tall = launch.args[launch.source.arg_names.index("BM")]
-        whole = 1 if layer.image is None else max(1, math.prod(layer.image) // tall)  # tiles of an image
+            tiles = (given["R"] // given["BR"]) * (given["C"] // given["BC"])
+            spread = 1 if layer.image is None else SPREAD
+            entries = sorted({round(i * (nnz - 1) / max(1, spread - 1)) for i in range(spread)})
+            parts = range(0, count, nnz * tiles)
+            return [part + entry * tiles for part, entry in itertools.product(parts, entries)]
+        group = min(given["tiles"], given["GROUP"])
+        lines = count // given["tiles"] if layer.density < 1 else 1  # with a full mask all lines are alike
+        whole = 1 if layer.image is None else max(1, math.prod(layer.image) // given["BM"])  # tiles of an image
         return [pid for pid in range(group * lines) if pid % group < whole]
 
     return sample
 
 
-def _parts(launch: Launch, nnz: int, block: tuple[int, int]) -> int:
-    tile = settings.wgrad_tile(block, torch.bfloat16, "ieee", settings.Target("cuda", 80, 108))
-    return math.prod(launch.grid) // (nnz * (block[0] // tile.cols) * (block[1] // tile.depth))
-
-
 def sparse_work(layer: Layer) -> tuple[dict[str, Counts], int]:
     """Counts of each pass, and live blocks."""
-    pattern = layer.pattern()
-    sample = sampler(layer, layer.block, pattern.nnz)
-    return {name: counted(run, sample) for name, run in layer.sparse().items()}, pattern.nnz
+    nnz = layer.pattern().nnz
+    sample = sampler(layer, nnz)
+    return {name: counted(run, sample, layer.precision) for name, run in layer.sparse().items()}, nnz
 
 
 def dense_work(layer: Layer) -> dict[str, Counts]:
@@ -154,33 +163,34 @@ def dense_work(layer: Layer) -> dict[str, Counts]:
         full = [sparse_work(replace(layer, block=(b, b), density=1.0))[0] for b in blocks]
         return {name: min((work[name] for work in full), key=_instructions) for name in full[0]}
     (out, inputs), batch = layer.weight_shape, layer.batch
-    x, w, dy = (torch.zeros(shape, dtype=layer.dtype) for shape in ((batch, inputs), (out, inputs), (batch, out)))
-    return {name: _best_product(a, b) for name, (a, b) in {"y": (x, w.T), "dx": (dy, w), "dvalues": (dy.T, x)}.items()}
+    sizes = {"y": (batch, inputs, out), "dx": (batch, out, inputs), "dvalues": (out, batch, inputs)}
+    return {
+        name: min((_product(name, layer, size, tile) for tile in TILES), key=_instructions)
+        for name, size in sizes.items()
+    }
 
 
-def _best_product(a: Tensor, b: Tensor) -> Counts:
-    (m, k), n = a.shape, b.shape[1]
-    c = a.new_empty(m, n)
-    found = []
-    for tile in (
-        (128, 128, 32, 8, 4),
-        (128, 128, 64, 8, 3),
-        (128, 64, 64, 4, 4),
-        (64, 64, 64, 4, 4),
-        (128, 16, 16, 4, 4),
-    ):
-        rows, cols, depth, warps, stages = tile
-        if m % rows or n % cols or k % depth:
-            continue
-        grid, strides = (m // rows * (n // cols),), (*a.stride(), *b.stride())
-        options = {"BM": rows, "BN": cols, "BK": depth, "num_warps": warps, "num_stages": stages}
-        found.append(counted(lambda: dense_kernel[grid](a, b, c, m, n, k, *strides, **options), lambda launch: [0]))  # noqa: B023
-    return min(found, key=_instructions)
+def _product(name: str, layer: Layer, size: tuple[int, int, int], tile: tuple[int, ...]) -> Counts:
+    """Of a dense pass at a tile, with sizes rounded up to it."""
+    rows, cols, depth, warps, stages = tile if layer.dtype.itemsize == 2 else (*tile[:2], tile[2] // 2, *tile[3:])
+    m, k, n = (-(-length // step) * step for length, step in zip(size, (rows, depth, cols), strict=True))
+    a, b, c = (torch.empty(shape, dtype=layer.dtype) for shape in ((m, k), (k, n), (m, n)))
+    if name == "y":  # x · Wᵀ
+        b = torch.empty(n, k, dtype=layer.dtype).T
+    if name == "dvalues":  # dyᵀ · x
+        a = torch.empty(k, m, dtype=layer.dtype).T
+    grid, strides = (m // rows * (n // cols),), (*a.stride(), *b.stride())
+    options = {"BM": rows, "BN": cols, "BK": depth, "num_warps": warps, "num_stages": stages}
+    return counted(
+        lambda: dense_kernel[grid](a, b, c, m, n, k, *strides, **options), lambda launch: [0], layer.precision
+    )
 
 
 def bsr_work(layer: Layer) -> Counts | None:
     """(e): PyTorch's own block-sparse product for the forward pass; None where it has no kernel for the layer."""
     if layer.image is not None or any(size % 128 for size in (*layer.weight_shape, layer.batch)):
+        return None
+    if layer.dtype != torch.bfloat16:
         return None
     with mock.patch("torch.utils._triton.has_triton", return_value=True):
         from torch.sparse import _triton_ops
@@ -212,22 +222,33 @@ def bsr_work(layer: Layer) -> Counts | None:
         return counted(lambda: _triton_ops.bsr_dense_addmm(y, bsr, x.T, beta=0, out=y), sample)
 
 
-def least_for_tiling(layer: Layer, nnz: int) -> float:
-    """(c) in sectors, for the three passes."""
+def least_for_tiling(layer: Layer, nnz: int) -> dict[str, float]:
+    """(c) in sectors, for each pass."""
     (r, c), size, target = layer.block, layer.dtype.itemsize, settings.Target("cuda", 80, 108)
+    kind = PRECISIONS[layer.precision][1]
+    sums = SUMS["matmul" if layer.image is None else "conv"]
     rows = layer.batch * math.prod(layer.image or ())
     out, inputs = layer.weight_shape[0], layer.weight_shape[1]
-    total = 0.0
-    for cols, depth, features in ((r, c, out), (c, r, inputs)):
-        tile = settings.product_tile(rows, cols, depth, layer.dtype, "ieee", target)
+    least = {}
+    for name, cols, depth, features in (("y", r, c, out), ("dx", c, r, inputs)):
+        tile = settings.product_tile(rows, cols, depth, layer.dtype, kind, target, sums)
         tiles, per_line = -(-rows // tile.rows), cols // tile.cols
-        total += tiles * nnz * per_line * (depth * tile.cols + min(rows, tile.rows) * depth) + rows * features
-    tile = settings.wgrad_tile(layer.block, layer.dtype, "ieee", target)
+        read = tiles * nnz * per_line * (depth * tile.cols + min(rows, tile.rows) * depth)
+        least[name] = (read + rows * features) * size / SECTOR
+    tile = settings.wgrad_tile(layer.block, layer.dtype, kind, target, sums)
     programs = nnz * (r // tile.cols) * (c // tile.depth)
     _, parts = settings.wgrad_split(programs, rows, tile.rows, target)
-    total += programs * rows * (tile.cols + tile.depth) + nnz * r * c
     partial = 2 * parts * nnz * r * c * 4 if parts > 1 else 0  # fp32, written and read
-    return (total * size + partial) / SECTOR
+    least["dvalues"] = ((programs * rows * (tile.cols + tile.depth) + nnz * r * c) * size + partial) / SECTOR
+    return least
+
+
+def floor(layer: Layer, dense: Counts, live: float) -> float:
+    """The least share of the dense kernel's instructions: see above."""
+    rows = layer.batch * math.prod(layer.image or ())
+    written = rows * (layer.weight_shape[0] + layer.weight_shape[1]) * layer.dtype.itemsize
+    instructions = 5 if layer.dtype.itemsize == 2 else 1
+    return live + instructions * written / 512 / _instructions(dense)
 
 
 def least(layer: Layer, nnz: int) -> float:
@@ -259,43 +280,77 @@ def _sectors(counts: Counts) -> float:
 
 
 def table(only: str) -> Iterator[str]:
-    """The lines of the Markdown table."""
-    heads = ("layer, block", "(a) live", "matrix", "all / (b)", "sectors / (b)", "/ (c)", "/ (d)", "all / (e)")
-    yield f"| {' | '.join(heads)} | sectors / (e) | bound A100 | H100 |"
-    yield "|---" * (len(heads) + 3) + "|"
-    for name, plain in LAYERS.items():
-        blocks = [b for b in (16, 32, 64, 128) if b <= min(plain.weight_shape[:2]) // 2]
-        if not any(only in f"{name}, {b}" for b in blocks):
-            continue
-        dense = _sum(dense_work(plain))
-        for block in blocks:
-            if only in f"{name}, {block}":
-                yield from _lines(name, replace(plain, block=(block, block)), dense)
+    """The lines of the Markdown tables."""
+    heads = ("layer, block", "(a) live", "matrix", "all / (b)", "floor", "sectors / (b)", "/ (c)", "/ (d)", "all / (e)")
+    tables = [("The three passes together, bf16 (fp16 counts alike)", LAYERS, _lines)]
+    tables.append(("Pass by pass, bf16", {PER_LAYER: LAYERS[PER_LAYER]}, _lines_of_passes))
+    tables.append(("fp32 by tf32", {IN_TF32: replace(LAYERS[IN_TF32], precision="tf32")}, _lines))
+    for title, layers, lines in tables:
+        wanted = [
+            (name, replace(plain, block=(block, block)))
+            for name, plain in layers.items()
+            for block in (16, 32, 64, 128)
+            if block <= min(plain.weight_shape[:2]) // 2 and only in f"{title}, {name}, {block}"
+        ]
+        if wanted:
+            yield f"\n{title}:\n"
+            yield f"| {' | '.join(heads)} | sectors / (e) | bound A100 | H100 |"
+            yield "|---" * (len(heads) + 3) + "|"
+        for name, group in itertools.groupby(wanted, lambda pair: pair[0]):
+            dense = dense_work(layers[name])
+            for _, layer in group:
+                yield from lines(name, layer, dense)
 
 
-def _lines(name: str, plain: Layer, dense: Counts) -> Iterator[str]:
+def _lines(name: str, plain: Layer, dense: dict[str, Counts]) -> Iterator[str]:
+    full: dict[str, Counts] = {}
     for share in SHARES:
         layer = replace(plain, density=share)
         passes, nnz = sparse_work(layer)
         if share == 1.0:
-            full, blocks = _sum(passes), nnz
-        if nnz == 0:
-            continue
-        work, peer = _sum(passes), bsr_work(layer)
-        sectors, live = _sectors(work), nnz / blocks
-        matrix = work["mma"] / full["mma"]
-        against = "– | –"
-        if peer:
-            y = passes["y"]
-            against = f"{_instructions(y) / _instructions(peer):.2f} | {_sectors(y) / _sectors(peer):.2f}"
-        ratios = (_instructions(work) / _instructions(dense), sectors / _sectors(dense))
-        least_ = (sectors / least_for_tiling(layer, nnz), sectors / least(layer, nnz))
-        bounds = " | ".join(f"{bound(card, layer, nnz, sectors):.1f}" for card in CARDS.values())
-        exact = "= (a)" if math.isclose(matrix, live, rel_tol=1e-9) else f"{matrix:.4f}"
-        yield (
-            f"| {name}, {layer.block[0]} | {live:.2%} | {exact} | {ratios[0]:.1%} | {ratios[1]:.1%} | {least_[0]:.2f} "
-            f"| {least_[1]:.1f} | {against} | {bounds} |"
-        )
+            full, blocks = passes, nnz
+        if nnz:
+            yield _line(f"{name}, {layer.block[0]}", layer, nnz, nnz / blocks, passes, full, dense, bsr_work(layer))
+
+
+def _lines_of_passes(name: str, plain: Layer, dense: dict[str, Counts]) -> Iterator[str]:
+    layer = replace(plain, density=0.05)
+    (passes, nnz), (full, blocks) = sparse_work(layer), sparse_work(replace(plain, density=1.0))
+    for key in passes:
+        one = [{key: work[key]} for work in (passes, full, dense)]
+        yield _line(f"{name}, {layer.block[0]}: {key}", layer, nnz, nnz / blocks, *one, None)
+
+
+def _line(
+    label: str,
+    layer: Layer,
+    nnz: int,
+    live: float,
+    passes: dict[str, Counts],
+    full: dict[str, Counts],
+    dense: dict[str, Counts],
+    peer: Counts | None,
+) -> str:
+    work, sectors = _sum(passes), _sectors(_sum(passes))
+    matrix = work["mma"] / _sum(full)["mma"]
+    exact = "= (a)" if math.isclose(matrix, live, rel_tol=1e-9) else f"{matrix:.4f}"
+    cells = [f"{live:.2%}", exact, f"{_instructions(work) / _instructions(_sum(dense)):.1%}"]
+    tiling = least_for_tiling(layer, nnz)
+    against = f"{sectors / sum(tiling[name] for name in passes):.2f}"
+    if len(passes) < 3:
+        cells += ["–", f"{sectors / _sectors(_sum(dense)):.1%}", against, "–", "–", "–", "–", "–"]
+        return f"| {label} | {' | '.join(cells)} |"
+    cells += [f"{floor(layer, _sum(dense), live):.1%}", f"{sectors / _sectors(_sum(dense)):.1%}", against]
+    cells.append(f"{sectors / least(layer, nnz):.1f}")
+    if peer:
+        y = passes["y"]
+        cells += [f"{_instructions(y) / _instructions(peer):.2f}", f"{_sectors(y) / _sectors(peer):.2f}"]
+    else:
+        cells += ["–", "–"]
+    cells += [
+        f"{bound(card, layer, nnz, sectors):.1f}" if layer.dtype.itemsize == 2 else "–" for card in CARDS.values()
+    ]
+    return f"| {label} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -307,7 +362,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Sparse ")  # of PyTorch about its block-sparse tensors
-    lines = []
+    lines = [HEAD]
     for line in table(given.only):
         print(line, flush=True)
         lines.append(line)

@@ -108,7 +108,7 @@ PRESETS: Mapping[str, Settings] = {
         iterations=30_000,
         batch=128,
         learning_rate=0.03,
-        warmup="2/3",  # 20,000: without it 0.03 finds no tickets
+        warmup="2/3",  # 20,000; above 0.01 the paper finds tickets only after a warm-up
         milestones="2/3,5/6",  # 20,000 and 25,000
         exempt="output,*.shortcut.*",  # 3,200 of 270,896 weights
         rounds=12,  # 6.9 %; the paper's tickets end at 10.7 % of what is pruned
@@ -119,7 +119,7 @@ PRESETS: Mapping[str, Settings] = {
         iterations=112_000,
         batch=64,
         learning_rate=0.1,
-        warmup="5/56",  # 10,000: without it 0.1 finds no tickets
+        warmup="5/56",  # 10,000; without it no tickets at this rate
         milestones="1/2,3/4",  # epochs 80 and 120 of 160
         exempt="output",
         rounds=19,  # 1.4 %, to where the paper's tickets reach
@@ -136,8 +136,9 @@ def named(preset: str) -> Settings:
 def directory_of(preset: str, settings: Settings) -> Path:
     """runs/PRESET, followed by what is not the preset's own: the same command finds the same folder."""
     default = named(preset)
+    fit_for_a_path = str.maketrans({",": "+", "/": "of", "*": "any"})
     parts = [
-        f"{field.name}-{str(value).replace(',', '+') or 'none'}"
+        f"{field.name}-{str(value).translate(fit_for_a_path) or 'none'}"
         for field in dataclasses.fields(Settings)
         if (value := getattr(settings, field.name)) != getattr(default, field.name)
     ]

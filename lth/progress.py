@@ -191,8 +191,11 @@ class Progress(Observer):
     def _how(self) -> str:
         """Which layers run sparse."""
         layers = self._kernels["layers"]
-        ways = dict.fromkeys(layers.values())
-        return "; ".join(f"{', '.join(name for name in layers if layers[name] == way)}: {way}" for way in ways)
+        ways: dict[str, list[str]] = {}
+        for name, way in layers.items():
+            ways.setdefault(way, []).append(name)
+        said = {way: ", ".join(names) if len(names) <= 4 else f"{len(names)} layers" for way, names in ways.items()}
+        return "; ".join(f"{names}: {way}" for way, names in said.items())
 
     def _numbers(self) -> list[str]:
         record, said = self._record, []

@@ -142,7 +142,7 @@ def _section(one: Read, prefix: str) -> dict[str, Any]:
             if found
         ],
         "rounds": round_rows(results),
-        "layers": {name: _shown_layer(layer) for name, layer in one.run.layers.items()},
+        "layers": {name: _shown_layer(layer, one.run.settings) for name, layer in one.run.layers.items()},
         "layer_rows": layer_rows(one.run, results),
         "settings": {key: shown(value) for key, value in sorted(one.run.settings.items())},
         "environment": [_shown_environment(record) for record in one.environment],
@@ -153,8 +153,10 @@ def _prefix(number: int, one: Read) -> str:
     return f"{number}-{re.sub(r'[^A-Za-z0-9.]+', '-', one.label)}-"
 
 
-def _shown_layer(layer: Mapping[str, Any]) -> str:
-    return f"{'×'.join(map(str, layer['shape']))}, block {shown(layer['block'])}, {100 * layer['rate']:.3g} % a round"
+def _shown_layer(layer: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    together = " of all layers together" if settings.get("scope") == "global" else ""
+    rate = f"{100 * layer['rate']:.3g} % a round{together}"
+    return f"{'×'.join(map(str, layer['shape']))}, block {shown(layer['block'])}, {rate}"
 
 
 def _shown_environment(record: Mapping[str, Any]) -> dict[str, str]:

@@ -7,6 +7,7 @@ a function registered for the class of the first module that it replaces.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -79,17 +80,21 @@ def _unobserved(x: Tensor) -> bool:
         and not torch_module._has_any_global_hook()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._is_torch_function_mode_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
         and torch._C._get_tracing_state() is None
     )
+
+
+@functools.cache
+def _mlp_operator() -> Callable[..., Tensor] | None:
+    return torch.ops.lottery_kernels.mlp.default if operators._backend_serves("mlp", "cpu") else None
 
 
 @fuses(SparseLinear)
 def _mlp(modules: Sequence[nn.Module], i: int, x: Tensor) -> tuple[Tensor, int] | None:
     """`SparseLinear` layers one behind another, with or without ReLU between and behind them, on a CPU."""
-    if x.dim() != 2 or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
-        return None
-    if not operators._backend_serves("mlp", "cpu"):
+    operator, dtype = _mlp_operator(), x.dtype
+    if operator is None or not x.is_cpu or x.dim() != 2 or dtype not in (torch.float32, torch.float64):
         return None
     begin, features = i, x.shape[1]
     parameters: list[Tensor] = []
@@ -99,17 +104,14 @@ def _mlp(modules: Sequence[nn.Module], i: int, x: Tensor) -> tuple[Tensor, int] 
         layer = modules[i]
         if type(layer) is not SparseLinear or not is_bare(layer):
             break
-        pattern, values, bias = layer.pattern, layer.values, layer.bias
-        if layer.in_features != features or values.dtype != x.dtype or values.device.type != "cpu":
+        own = layer._parameters  # a module's own lookup of them is slow
+        values, bias, arrays = own["values"], own["bias"], layer.pattern.index
+        if values is None or layer.in_features != features or values.dtype != dtype or not values.is_cpu:
             break
         features = layer.out_features
         with_relu = i + 1 < len(modules) and type(modules[i + 1]) is nn.ReLU and is_bare(modules[i + 1])
-        parameters.append(values)
-        if bias is not None:
-            parameters.append(bias)
-        index += pattern.index
-        layers += (features, layer.in_features, bias is not None, with_relu, len(pattern.index))
+        parameters += (values,) if bias is None else (values, bias)
+        index += arrays
+        layers += (features, layer.in_features, bias is not None, with_relu, len(arrays))
         i += 1 + with_relu
-    if i - begin < 2:
-        return None
-    return torch.ops.lottery_kernels.mlp.default(x, parameters, index, layers), i
+    return (operator(x, parameters, index, layers), i) if i - begin > 1 else None

@@ -77,7 +77,7 @@ class Layer:
         inputs = self.weight_shape[1] * self.groups
         x = draw(self.batch, inputs, *(self.image or ()))
         weight = draw(*self.weight_shape)
-        dy_shape = self._dense(x.float(), weight.float(), None).shape
+        dy_shape = self._dense(x.to("meta"), weight.to("meta"), None).shape
         tensors = {"x": x, "weight": weight, "bias": draw(self.weight_shape[0]), "dy": draw(*dy_shape)}
         return {name: self._laid_out(t) if name in ("x", "dy") else t for name, t in tensors.items()}
 

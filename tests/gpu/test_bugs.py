@@ -48,7 +48,8 @@ BUGS = {
         "entries of another phase": ("i_phase * lines + i_line + 1", "lines + i_line + 1", "dx"),
     },
     (conv, "conv2d_wgrad_kernel"): {
-        "stride ignored": ("// YW * STRIDE_H + shift_h", "// YW + shift_h", "dvalues"),
+        "stride ignored": ("% PIXELS // YW * STRIDE_H", "% PIXELS // YW", "dvalues"),
+        "pixels not carried on": ("begin_x + shift_w", "begin_x * 0 + shift_w", "dvalues"),
         "pixels behind the last not masked": ("m_n & (o_m < last)[None, :]", "m_n", "dvalues"),
         "channels not masked": ("(o_n < N)[:, None]", "(o_n >= 0)[:, None]", "dvalues"),
     },

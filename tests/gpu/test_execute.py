@@ -2,6 +2,7 @@
 
 import pytest
 
+from lottery_kernels.gpu import conv, linear
 from tests.gpuless.driver import stand_in
 
 from .cases import PRECISIONS, Layer, as_tensor_core, check, draw, precision
@@ -55,6 +56,27 @@ def test_the_batch_is_cut_where_few_blocks_are_live():
         assert (compute() == compute()).all()
     assert [launch.name for launch in gpu.launches[:2]] == ["linear_wgrad_kernel", "add_parts_kernel"]
     assert gpu.launches[0].grid[0] > layer.pattern().nnz
+
+
+@GPUS
+def test_strides_beyond_32_bits(gpu):
+    """One row, of features or of an image, may have any stride."""
+    far = 2**40
+    for layer in (
+        Layer("fp16", (16, 16), (32, 48), 1, density=0.7),
+        Layer("fp16", (16, 16), (32, 16, 3, 3), 2, (1, 5), padding=(1, 1), density=0.7),
+    ):
+        pattern, tensors = layer.pattern(), layer.tensors()
+        x, dy, values = tensors["x"], tensors["dy"], pattern.pack(tensors["weight"])
+        strides = (far, 1) if layer.image is None else (x.stride(0), 1, far, x.stride(3))
+        exact, torchs = layer.dense(lambda t: t.double()), as_tensor_core(layer)
+        with stand_in(gpu):
+            kind, options = (linear, {}) if layer.image is None else (conv, layer.geometry)
+            forward, wgrad = (kind.linear, kind.linear_wgrad) if kind is linear else (kind.conv2d, kind.conv2d_wgrad)
+            y = forward(x.as_strided(x.shape, strides), values, pattern, tensors["bias"], **options)
+            dvalues = wgrad(dy, x.as_strided(x.shape, strides), pattern, **options)
+        check(y, exact["y"], torchs["y"], f"y of {layer}")
+        check(dvalues, exact["dvalues"], torchs["dvalues"], f"dvalues of {layer}")
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 1), (2, 2)])

@@ -7,7 +7,6 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -63,18 +62,6 @@ def test_training_on_with_a_repointed_optimizer_equals_dense_masked_training(blo
     found, expected = dense_state_dict(sparse), dense_state_dict(dense)
     for key in expected:
         torch.testing.assert_close(found[key], expected[key])
-
-
-@pytest.mark.parametrize(("name", "options"), [("resnet18", {}), ("mobilenet_v2", {"width_mult": 0.25})])
-def test_torchvision_models_with_a_full_mask_equal_dense(name, options):
-    model = getattr(torchvision.models, name)(num_classes=7, **options).double().eval()
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    expected = model(x)
-    keys = model.state_dict().keys()
-    sparsify(model, random_masks(model, density=1.1), (8, 8), "always")
-    torch.testing.assert_close(model(x), expected)
-    assert sum(isinstance(module, SparseConv2d) for module in model.modules()) >= 20
-    assert dense_state_dict(model).keys() == keys
 
 
 # Masks

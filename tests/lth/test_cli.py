@@ -219,6 +219,8 @@ def test_a_runs_folder_is_named_by_what_is_not_default() -> None:
     assert str(presets.directory_of("lenet", default)) == "runs/lenet"
     changed = dataclasses.replace(default, block="16x16", branches="reinit,random")
     assert str(presets.directory_of("lenet", changed)) == "runs/lenet_block-16x16_branches-reinit+random"
+    shares = dataclasses.replace(default, milestones="1/2,3/4", exempt="fc*")
+    assert str(presets.directory_of("lenet", shares)) == "runs/lenet_milestones-1of2+3of4_exempt-fcany"
     names = set()
     for seed in range(5):
         long = dataclasses.replace(changed, iterations=123456, exempt="fc1", learning_rate=0.123, weight_decay=0.5,

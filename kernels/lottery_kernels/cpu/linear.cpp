@@ -16,7 +16,7 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& values, const Wei
                               dvalues.defined() ? dvalues.mutable_data_ptr<S>() : nullptr,
                               dbias.defined() ? dbias.mutable_data_ptr<S>() : nullptr};
     const S* w = dx.defined() ? values.const_data_ptr<S>() : nullptr;
-    if (wide_panels<S>(weight.out)) backward<S, 4>(from, nullptr, x_from, w, weight, wanted);
+    if (wide_panels<S>(weight.out, dy.size(0))) backward<S, 4>(from, nullptr, x_from, w, weight, wanted);
     else backward<S, 2>(from, nullptr, x_from, w, weight, wanted);
   });
 }
@@ -36,8 +36,10 @@ Tensor linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>
   Tensor y = empty_activation(x, weight.out);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lottery_kernels::linear", [&] {
     using S = scalar_t;
-    const auto run = wide_panels<S>(weight.in) ? forward<S, 4> : forward<S, 2>;
-    run(read<S>(x), live.const_data_ptr<S>(), b.defined() ? b.const_data_ptr<S>() : nullptr, weight, false, written<S>(y));
+    const ForwardPass<S> pass{read<S>(x), live.const_data_ptr<S>(), b.defined() ? b.const_data_ptr<S>() : nullptr, weight,
+                              false, written<S>(y)};
+    if (wide_panels<S>(weight.in, x.size(0)) && !in_halves<S>(x.size(0))) forward<S, 4>(pass);
+    else forward<S, 2>(pass);
   });
   return y;
 }

@@ -71,40 +71,84 @@ void in_shares(int64_t work, const F& share) {
   });
 }
 
-// Panels are as wide as four vectors, or two where the cache would not hold so much of `features`.
+// Panels are as wide as four vectors, or two where the batch is no wider or the cache would not hold so much of
+// `features`.
 template <class S>
-bool wide_panels(int64_t features) {
+bool wide_panels(int64_t features, int64_t batch) {
   constexpr int64_t kCache = 1280 << 10;
-  return features * 4 * kVectorBytes <= kCache;
+  return features * 4 * kVectorBytes <= kCache && batch > 2 * kLanes<S>;
 }
 
-// y = x Wᵀ + bias, and where asked relu of it.
-template <class S, int V>
-void forward(const Activation<const S>& x, const S* values, const S* bias, const Weight& weight, bool with_relu,
-             const Activation<S>& y) {
-  constexpr int T = V * kLanes<S>;
-  const Panels<S, T> panels(x, weight.columns.lines * weight.c);
-  const BlockShape block = weight.forward();
-  const Entries& rows = weight.rows;
-  const int64_t cost = std::max<int64_t>(1, total_cost(rows)), work = cost * panels.count();
-  in_shares(work * block.size() * V, [&](int64_t i, int64_t n) {
-    const int64_t begin = work * i / n, end = work * (i + 1) / n;
-    for (int64_t p = begin / cost; p * cost < end; ++p) {
-      const S* panel = panels[p];
-      const auto source = [&](int64_t k) { return panel + int64_t(rows.other[k]) * block.ins * T; };
-      const int64_t last = line_at(rows, std::min(end - p * cost, cost));
-      for (int64_t row = line_at(rows, begin - p * cost); row < last; ++row) {
-        const int64_t o = row * weight.r;
-        multiply_line<S, V>(
-            rows, row, values, block, T, source,
-            [&](int64_t out) { return bias && o + out < weight.out ? bias[o + out] : S(0); },
-            [&](int64_t out, Vec<S>* sums) {
-              if (with_relu)
-                for (int v = 0; v < V; ++v) sums[v] = relu<S>(sums[v]);
-              if (o + out < weight.out) write_row<S, T>(y, p, o + out, sums);
-            });
-      }
+// Whether a forward pass takes half a wide panel at a time: else two threads would pack the only one twice.
+template <class S>
+bool in_halves(int64_t batch) {
+  return batch <= 4 * kLanes<S>;
+}
+
+// A layer's forward pass over one panel: y = x Wᵀ + bias, and where asked relu of it.
+template <class S>
+struct ForwardPass {
+  Activation<const S> x;
+  const S *values, *bias;  // bias may be null
+  const Weight& weight;
+  bool with_relu;
+  Activation<S> y;
+
+  int64_t cost() const { return std::max<int64_t>(1, total_cost(weight.rows)); }
+
+  // Block rows [begin, end) of panel p.
+  template <int V>
+  void run(const Panels<S, V * kLanes<S>>& panels, int64_t p, int64_t begin, int64_t end) const {
+    constexpr int T = V * kLanes<S>;
+    const BlockShape block = weight.forward();
+    const S* panel = panels[p];
+    const int64_t stride = panels.stride();
+    const auto source = [&](int64_t k) { return panel + int64_t(weight.rows.other[k]) * block.ins * stride; };
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t o = row * weight.r;
+      multiply_line<S, V>(
+          weight.rows, row, values, block, stride, source,
+          [&](int64_t out) { return bias && o + out < weight.out ? bias[o + out] : S(0); },
+          [&](int64_t out, Vec<S>* sums) {
+            if (with_relu)
+              for (int v = 0; v < V; ++v) sums[v] = relu<S>(sums[v]);
+            if (o + out < weight.out) write_row<S, T>(y, p, o + out, sums);
+          });
     }
+  }
+
+  template <int V>
+  Panels<S, V * kLanes<S>> panels() const {
+    return {x, weight.columns.lines * weight.c};
+  }
+};
+
+// All panels of one layer.
+template <class S, int V>
+void forward(const ForwardPass<S>& pass) {
+  const auto panels = pass.template panels<V>();
+  const Entries& rows = pass.weight.rows;
+  const int64_t cost = pass.cost(), work = cost * panels.count();
+  in_shares(work * pass.weight.r * pass.weight.c * V, [&](int64_t i, int64_t n) {
+    const int64_t begin = work * i / n, end = work * (i + 1) / n;
+    for (int64_t p = begin / cost; p * cost < end; ++p)
+      pass.template run<V>(panels, p, line_at(rows, begin - p * cost), line_at(rows, std::min(end - p * cost, cost)));
+  });
+}
+
+// Layers one behind another: panel by panel through all of them where the threads have equally many panels, so that a
+// thread finds in its cache what it wrote; else layer by layer.
+template <class S, int V>
+void forward(const std::vector<ForwardPass<S>>& passes) {
+  const int64_t count = passes[0].template panels<V>().count(), threads = at::get_num_threads();
+  if (passes.size() == 1 || (count % threads && count < 4 * threads)) {
+    for (const auto& pass : passes) forward<S, V>(pass);
+    return;
+  }
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      for (const auto& pass : passes)
+        pass.template run<V>(pass.template panels<V>(), p, 0, pass.weight.rows.lines);
   });
 }
 

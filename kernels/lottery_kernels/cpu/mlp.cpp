@@ -82,9 +82,9 @@ std::vector<Layer> checked(const Tensor& x, const Layers& layers) {
 
 // Width of the panels that all layers share, in vectors.
 template <class S>
-bool wide(const std::vector<Layer>& layers) {
-  return std::all_of(layers.begin(), layers.end(), [](const Layer& layer) {
-    return wide_panels<S>(layer.form.in) && wide_panels<S>(layer.form.out);
+bool wide(const std::vector<Layer>& layers, int64_t batch) {
+  return std::all_of(layers.begin(), layers.end(), [&](const Layer& layer) {
+    return wide_panels<S>(std::max(layer.form.in, layer.form.out), batch);
   });
 }
 
@@ -115,31 +115,38 @@ Activation<const S> reading(const Activation<S>& x) {
   return {x.data, x.batch, x.features, x.batch_stride, x.feature_stride, x.panel_stride, x.padded};
 }
 
-template <class S, int V>
-Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variable_list* between) {
-  constexpr int T = V * kLanes<S>;
-  Tensor y = empty_activation(x, layers.back().form.out), before;
+// y; `between` receives the activations between the layers, in panels as wide as the backward pass takes them.
+template <class S, int BACK>
+Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variable_list& between) {
+  constexpr int T = BACK * kLanes<S>;
+  Tensor y = empty_activation(x, layers.back().form.out);
+  const bool halves = BACK == 4 && in_halves<S>(x.size(0));
+  std::vector<ForwardPass<S>> passes;
+  passes.reserve(layers.size());
   Activation<const S> from = read<S>(x);
   for (size_t i = 0; i < layers.size(); ++i) {
     const Layer& layer = layers[i];
-    const bool last = i + 1 == layers.size();
-    std::optional<Between<S, T>> next;
-    if (!last) next.emplace(x.size(0), layer, layers[i + 1], x.options());
-    const Activation<S> to = last ? written<S>(y) : next->view;
-    forward<S, V>(from, layer.values.template const_data_ptr<S>(),
-                  layer.form.bias ? layer.bias.template const_data_ptr<S>() : nullptr, layer.weight, layer.form.relu, to);
+    Activation<S> to = written<S>(y);
+    if (i + 1 < layers.size()) {
+      const Between<S, T> next(x.size(0), layer, layers[i + 1], x.options());
+      between.push_back(next.panels);
+      to = next.view;
+      if (halves) to.panel_stride = T / 2;  // of the only panel
+    }
+    passes.push_back({from, layer.values.template const_data_ptr<S>(),
+                      layer.form.bias ? layer.bias.template const_data_ptr<S>() : nullptr, layer.weight,
+                      layer.form.relu, to});
     from = reading(to);
-    if (!last) before = next->panels;  // keeps `from` alive
-    if (!last && between) between->push_back(next->panels);
   }
+  if (halves || BACK == 2) forward<S, 2>(passes);
+  else forward<S, 4>(passes);
   return y;
 }
 
-// y; `between` receives the activations between the layers, in panels.
-Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variable_list* between) {
+Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variable_list& between) {
   Tensor y;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lottery_kernels::mlp", [&] {
-    y = wide<scalar_t>(layers) ? forward_layers<scalar_t, 4>(x, layers, between)
+    y = wide<scalar_t>(layers, x.size(0)) ? forward_layers<scalar_t, 4>(x, layers, between)
                                : forward_layers<scalar_t, 2>(x, layers, between);
   });
   return y;
@@ -213,7 +220,7 @@ variable_list backward_layers(const Saved& saved, const std::vector<Layer>& laye
     return grads;
   }
   AT_DISPATCH_FLOATING_TYPES(saved.x.scalar_type(), "lottery_kernels::mlp", [&] {
-    grads = wide<scalar_t>(layers) ? backward_layers<scalar_t, 4>(saved, layers, wanted)
+    grads = wide<scalar_t>(layers, saved.x.size(0)) ? backward_layers<scalar_t, 4>(saved, layers, wanted)
                                    : backward_layers<scalar_t, 2>(saved, layers, wanted);
   });
   return grads;
@@ -248,7 +255,7 @@ struct MlpFunction : Function<MlpFunction> {
     at::AutoDispatchBelowADInplaceOrView guard;
     variable_list between;
     const auto checked_layers = checked(x, layers);
-    Tensor y = forward_layers(x, checked_layers, &between);
+    Tensor y = forward_layers(x, checked_layers, between);
     variable_list kept{x};
     kept.insert(kept.end(), parameters.begin(), parameters.end());
     kept.insert(kept.end(), between.begin(), between.end());
@@ -283,7 +290,8 @@ struct MlpFunction : Function<MlpFunction> {
 };
 
 Tensor mlp(const Tensor& x, at::TensorList parameters, at::TensorList index, at::IntArrayRef layers) {
-  return forward_layers(x, checked(x, {parameters, index, layers}), nullptr);
+  variable_list between;
+  return forward_layers(x, checked(x, {parameters, index, layers}), between);
 }
 
 Tensor mlp_autograd(const Tensor& x, at::TensorList parameters, at::TensorList index, at::IntArrayRef layers) {

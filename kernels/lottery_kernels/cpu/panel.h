@@ -88,10 +88,12 @@ class Panels {
 
   int64_t count() const { return (x_.batch + T - 1) / T; }
 
+  // Between rows of a panel.
+  int64_t stride() const { return in_place() ? x_.feature_stride : T; }
+
   // Valid until the next call in this thread.
   const S* operator[](int64_t p) const {
-    const bool packed = x_.batch_stride == 1 && x_.feature_stride == T && x_.padded >= padded_;
-    if (packed && x_.count(p, T) == T && !relu_) return x_.template panel<T>(p);
+    if (in_place()) return x_.template panel<T>(p);
     thread_local std::vector<S> buffer;
     if (int64_t(buffer.size()) < padded_ * T) buffer.resize(padded_ * T);
     pack<S, T>(x_, p, 0, x_.features, buffer.data());
@@ -101,6 +103,11 @@ class Panels {
   }
 
  private:
+  bool in_place() const {
+    const bool panels = x_.panel_stride || (x_.batch_stride == 1 && x_.feature_stride == T);
+    return panels && x_.batch % T == 0 && x_.padded >= padded_ && !relu_;
+  }
+
   void through_relu(int64_t p, S* panel) const {
     constexpr int AHEAD = kLanes<S>;  // a transpose takes so many features at once
     S rows[AHEAD * T];

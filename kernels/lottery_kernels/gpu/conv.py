@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..pattern import Grid, Pattern, alive_only
+from .geometry import Geometry, pair
 from .launch import (
     Index,
     Lines,
@@ -231,6 +230,8 @@ def conv2d_wgrad_kernel(
     BLOCKS_K: tl.constexpr = (K + C - 1) // C
     TAIL_N: tl.constexpr = N % R != 0
     TAIL_K: tl.constexpr = K % C != 0
+    PIXELS: tl.constexpr = YH * YW
+    ALIGNED: tl.constexpr = BM % YW == 0 and (BM % PIXELS == 0 or PIXELS % BM == 0)
     pid = tl.program_id(0)
     i_part = pid // (nnz * TILES)
     i_entry = pid % (nnz * TILES) // TILES
@@ -247,7 +248,8 @@ def conv2d_wgrad_kernel(
     shift_w = tap % KW * DILATION_W - PAD_W
     first = i_part * part
     last = tl.minimum(first + part, M)
-    o_rows = row_offsets(tl.arange(0, BM), GROUPS * N)
+    o_step = tl.arange(0, BM)
+    o_rows = row_offsets(o_step, GROUPS * N)
     # dy is read as its transpose: a tile that is transposed after it was loaded would not be copied asynchronously.
     p_dy = dy_ptr + first.to(tl.int64) * (GROUPS * N) + (o_rows[None, :] + (i_group * N + o_n)[:, None])
     p_x = x_ptr + (i_group * K + o_k)[None, :]
@@ -255,23 +257,27 @@ def conv2d_wgrad_kernel(
     m_k = (o_k < K)[None, :]
     b_dw = tl.zeros((BR, BC), dtype=tl.float32)
     for m in range(first, last, BM):
-        o_m = m + tl.arange(0, BM)
-        at_h = o_m % (YH * YW) // YW * STRIDE_H + shift_h
-        at_w = o_m % YW * STRIDE_W + shift_w
-        o_x = pixel_offsets(o_m // (YH * YW), at_h, at_w, XH, STRIDE_XN, STRIDE_XH, STRIDE_XW)
+        o_m = m + o_step
+        # A step of whole images, or of whole rows of one, has the same pixels every time, from another one on.
+        o_pixel = o_step if ALIGNED else o_m
+        begin_image = m // PIXELS if ALIGNED else 0
+        begin_h = (m % PIXELS // YW if ALIGNED else 0) * STRIDE_H + shift_h
+        o_h = o_pixel % PIXELS // YW * STRIDE_H
+        o_w = o_pixel % YW * STRIDE_W
+        o_x = pixel_offsets(o_pixel // PIXELS, o_h, o_w, XH, STRIDE_XN, STRIDE_XH, STRIDE_XW)
+        begin_x = tl.cast(begin_image, tl.int64) * STRIDE_XN + tl.cast(begin_h, tl.int64) * STRIDE_XH
+        p_pixel = p_x + o_x[:, None] + (begin_x + shift_w * STRIDE_XW)
         # A negative coordinate is a large unsigned one.
-        m_x = (at_h.to(tl.uint32) < XH) & (at_w.to(tl.uint32) < XW)
+        m_x = ((o_h + begin_h).to(tl.uint32) < XH) & ((o_w + shift_w).to(tl.uint32) < XW)
         if EVEN_M:
             b_dy = tl.load(p_dy, mask=m_n, other=0.0) if TAIL_N else tl.load(p_dy)  # [BR, BM]
         else:
-            m_x = m_x & (o_m < last)
             b_dy = tl.load(p_dy, mask=m_n & (o_m < last)[None, :], other=0.0)
+            m_x = m_x & (o_m < last)
         if EVEN_M and INSIDE:
-            b_x = (
-                tl.load(p_x + o_x[:, None], mask=m_k, other=0.0) if TAIL_K else tl.load(p_x + o_x[:, None])
-            )  # [BM, BC]
+            b_x = tl.load(p_pixel, mask=m_k, other=0.0) if TAIL_K else tl.load(p_pixel)  # [BM, BC]
         else:
-            b_x = tl.load(p_x + o_x[:, None], mask=m_x[:, None] & m_k if TAIL_K else m_x[:, None], other=0.0)
+            b_x = tl.load(p_pixel, mask=m_x[:, None] & m_k if TAIL_K else m_x[:, None], other=0.0)
         b_dw = tl.dot(b_dy, b_x, b_dw, input_precision=PRECISION)
         p_dy += BM * GROUPS * N
     o_out = tl.cast(i_entry, tl.int64) * (R * C) + o_r[:, None] * C + o_c[None, :]
@@ -279,24 +285,6 @@ def conv2d_wgrad_kernel(
 
 
 # Launchers
-
-
-class Geometry(NamedTuple):
-    """Pairs (height, width)."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-
-    def output(self, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
-        """Height and width of the result of an image of `size`."""
-        room = [size[i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i] - 1) - 1 for i in (0, 1)]
-        if min(room) < 0:
-            raise ValueError(
-                f"kernel {tuple(kernel)} with dilation {self.dilation} is larger than an image of {tuple(size)} with "
-                f"padding {self.padding}"
-            )
-        return [room[i] // self.stride[i] + 1 for i in (0, 1)]
 
 
 def conv2d(
@@ -364,7 +352,7 @@ def product(
     arrays = Index.of(index)
     out, inputs = weight_shape[0], weight_shape[1] * groups
     target = check(values, arrays, 4, groups, x=(x, inputs), bias=(bias, out))
-    geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation))
+    geometry = Geometry.of(stride, padding, dilation)
     y = _empty(x, (x.shape[0], out, *geometry.output(x.shape[2:], weight_shape[2:])))
     if y.numel():
         lines = Lines(arrays.row_ptr, arrays.col, None, arrays.row_order)
@@ -386,11 +374,11 @@ def transposed_product(
     """`conv2d_dgrad` on the arrays of a pattern."""
     arrays = Index.of(index)
     target = check(values, arrays, 4, groups, dy=(dy, weight_shape[0]))
-    geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation))
-    _check_output(dy, geometry.output(x_shape[2:], weight_shape[2:]))
+    geometry = Geometry.of(stride, padding, dilation)
+    geometry.check_output(dy, x_shape, weight_shape)
     dx = _empty(dy, x_shape)
     if dx.numel():
-        lines = _phases(arrays, weight_shape, geometry, Grid.of(weight_shape, _pair(values.shape[1:]), groups))
+        lines = geometry.lines_by_phase(arrays, weight_shape, Grid.of(weight_shape, pair(values.shape[1:]), groups))
         _product(dy, alive_only(values, index), None, dx, lines, weight_shape, geometry, groups, target)
     return dx
 
@@ -420,7 +408,7 @@ def _product(
         target,
         math.prod(phases),
         INSIDE=not any(geometry.padding) and (pointwise or not transposed),
-        **_constants(y, x, weight_shape, geometry, groups),
+        **geometry.constants(y, x, weight_shape, groups),
     )
 
 
@@ -439,8 +427,8 @@ def block_gradient(
     arrays = Index.of(index)
     dvalues = x.new_empty(arrays.nnz, *block)
     target = check(dvalues, arrays, 4, groups, dy=(dy, weight_shape[0]), x=(x, weight_shape[1] * groups))
-    geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation))
-    _check_output(dy, geometry.output(x.shape[2:], weight_shape[2:]))
+    geometry = Geometry.of(stride, padding, dilation)
+    geometry.check_output(dy, x.shape, weight_shape)
     if arrays.nnz == 0:
         return dvalues
     dy, x = dy.contiguous(memory_format=torch.channels_last), _channels_last(x)
@@ -454,62 +442,14 @@ def block_gradient(
         "conv",
         target,
         INSIDE=not any(geometry.padding),
-        **_constants(dy, x, weight_shape, geometry, groups),
+        **geometry.constants(dy, x, weight_shape, groups),
     )
     return dvalues
-
-
-def _constants(y: Tensor, x: Tensor, weight_shape: Sequence[int], geometry: Geometry, groups: int) -> dict[str, int]:
-    """What both kernels have compiled in: they run for few sizes of image."""
-    (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w) = geometry
-    return {
-        **{"YH": y.shape[2], "YW": y.shape[3], "XH": x.shape[2], "XW": x.shape[3]},
-        **{"STRIDE_XN": x.stride(0), "STRIDE_XH": x.stride(2), "STRIDE_XW": x.stride(3)},
-        **{"K": x.shape[1] // groups, "N": y.shape[1] // groups, "GROUPS": groups, "KW": weight_shape[3]},
-        **{"STRIDE_H": stride_h, "STRIDE_W": stride_w, "PAD_H": pad_h, "PAD_W": pad_w},
-        **{"DILATION_H": dilation_h, "DILATION_W": dilation_w},
-    }
-
-
-_phase_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _phases(arrays: Index, weight_shape: Sequence[int], geometry: Geometry, grid: Grid) -> Lines:
-    """The transposed index sorted by phase: `(begin [phases · C + 1], t_row, t_index, column_order)`.
-
-    Row h of dx with h = i · stride + o sees tap k if k · dilation - padding - o is divisible by the stride. Made once
-    for a pattern and a geometry, without asking the device for anything.
-    """
-    (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w) = geometry
-    if stride_h == stride_w == 1:
-        return Lines(arrays.t_ptr, arrays.t_row, arrays.t_index, arrays.column_order)
-    cache = _phase_cache.setdefault(arrays.t_row, {})
-    if geometry not in cache:
-        device, columns = arrays.t_row.device, grid.groups * grid.cols
-        tap = arrays.t_row.long() // grid.rows
-        phase_h = (tap // weight_shape[3] * dilation_h - pad_h) % stride_h
-        phase_w = (tap % weight_shape[3] * dilation_w - pad_w) % stride_w
-        entry = torch.arange(tap.shape[0], device=device)
-        column = torch.searchsorted(arrays.t_ptr.long(), entry, right=True) - 1
-        key, order = torch.sort((phase_h * stride_w + phase_w) * columns + column, stable=True)
-        ends = torch.arange(stride_h * stride_w * columns + 1, device=device)
-        begin = torch.searchsorted(key, ends).int()
-        cache[geometry] = Lines(begin, arrays.t_row[order], arrays.t_index[order], arrays.column_order)
-    return cache[geometry]
-
-
-def _check_output(dy: Tensor, size: Sequence[int]) -> None:
-    if list(dy.shape[2:]) != list(size):
-        raise ValueError(f"dy has shape {tuple(dy.shape)}, a convolution of this x gives height and width {size}")
 
 
 def _check_groups(pattern: Pattern, groups: int) -> None:
     if groups != pattern.groups:
         raise ValueError(f"groups={groups}, but the pattern was made for {pattern.groups}")
-
-
-def _pair(sizes: Sequence[int]) -> tuple[int, int]:
-    return (int(sizes[0]), int(sizes[1]))
 
 
 def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:

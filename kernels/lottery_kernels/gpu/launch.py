@@ -103,6 +103,7 @@ def add_parts_kernel(
     tl.store(out_ptr + o, b.to(out_ptr.dtype.element_ty), mask=m)
 
 
+SUMS = {"matmul": 128, "conv": 64}  # registers of a thread for results: convolutions keep coordinates of pixels too
 MOST_PROGRAMS = 2**31 - 1  # of a CUDA grid's first dimension
 
 
@@ -211,8 +212,7 @@ def launch_product(
     r, c = values.shape[1:]
     depth, cols, step_k, step_n = (c, r, 1, c) if lines.entry is None else (r, c, c, 1)
     mode = precision(x.dtype, operator, target)
-    # A convolution keeps the coordinates of its pixels too.
-    table = product_tile(rows, cols, depth, x.dtype, mode, target, sums=128 if operator == "matmul" else 64)
+    table = product_tile(rows, cols, depth, x.dtype, mode, target, SUMS[operator])
     count, transposed = lines.order.shape[0], lines.entry is not None
     packed, added = values.contiguous(), None if bias is None else bias.contiguous()
 
@@ -282,7 +282,8 @@ def launch_wgrad(
             options = {"PARTS": parts, "HAS_ALIVE": index.alive is not None, "BLOCK": 1024}
             launch(add_parts_kernel, triton.cdiv(size, 1024), (sums, dvalues, index.alive_bytes, size), None, **options)
 
-    table, traits = wgrad_tile((r, c), x.dtype, mode, target), (x.dtype, mode, index.alive is not None)
+    table = wgrad_tile((r, c), x.dtype, mode, target, SUMS[operator])
+    traits = (x.dtype, mode, index.alive is not None)
     run(best_tile(kernel, table, (r, c), traits, Sizes(rows, 1, nnz), target, run, fixed=("group",)))
 
 

@@ -107,8 +107,8 @@ def product_tile(
     return Tile(tall, wide, step, warps, 2 if target.backend == "hip" else stages)
 
 
-def wgrad_tile(block: tuple[int, int], dtype: torch.dtype, precision: str, target: Target) -> Tile:
-    """wgrad: a program sums one block, or a part of it, `rows` activations a step."""
+def wgrad_tile(block: tuple[int, int], dtype: torch.dtype, precision: str, target: Target, sums: int = 128) -> Tile:
+    """wgrad: a program sums one block, or a part of it, `rows` activations a step; `sums` as for a product."""
     if dtype == torch.float32 and precision == "ieee":
         return Tile(32, min(block[0], 64), min(block[1], 64), 4, 2 if target.backend == "hip" else 3)
     high, wide = block
@@ -117,7 +117,7 @@ def wgrad_tile(block: tuple[int, int], dtype: torch.dtype, precision: str, targe
         warps = max(1, min(4, area // (32 * 64)))
     else:  # from 64 rows on four warps can multiply together
         warps = 8 if area > 64 * 128 else 4 if area >= 64 * 64 or high >= 64 else 2 if area >= 32 * 32 else 1
-    rows = (32 if dtype == torch.float32 else 64) * (2 if area <= 32 * 32 else 1)
+    rows = (32 if dtype == torch.float32 else 64) * (2 if area <= 8 * sums else 1)
     stages = 4 if dtype.itemsize == 2 and rows * (high + wide) * 2 <= 12288 else 3
     return Tile(rows, high, wide, warps, 2 if target.backend == "hip" else stages)
 
