@@ -28,6 +28,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `lth run` sets it."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], tuple[str, ...]]]:
     """{name: (network, shape of an example, layers that run sparse)}; with BatchNorm and dropout."""
     linear = nn.Sequential(nn.Linear(96, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, 10))
