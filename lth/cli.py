@@ -83,6 +83,8 @@ def run(arguments: Sequence[str]) -> int:
     options = _parsed(arguments, Options(**dataclasses.asdict(named(preset)), preset=preset))
     if options.threads is not None:
         _set_threads(options.threads)
+    if options.device == "cuda":
+        _repeat_on_a_gpu()
     task, search, settings, dataset = make(options.settings, options.data_dir)
     search = dataclasses.replace(search, checkpoint_seconds=options.checkpoint_seconds)
     if options.dry_run:
@@ -155,6 +157,14 @@ def _set_threads(threads: int) -> None:
     if threads < 1:
         raise ValueError(f"threads: {threads}; it takes at least 1")
     torch.set_num_threads(threads)
+
+
+def _repeat_on_a_gpu() -> None:
+    """Equal seeds give equal bits: cuDNN and cuBLAS would choose faster sums in an order that varies."""
+    import torch
+
+    torch.backends.cudnn.deterministic = True
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def _explained(error: Exception) -> str:

@@ -61,7 +61,7 @@ class Settings:
     eval_every: int = 100  # iterations between evaluations
     device: str = "cpu"  # cpu or cuda
     precision: str = "auto"  # fp32, or bf16 by autocast, on a GPU only; auto: bf16 on a GPU, fp32 on the CPU
-    graph: bool = True  # a GPU's training step is captured whole in a CUDA graph and replayed
+    graph: bool = True  # whether a GPU's training step is captured whole in a CUDA graph
     kernels: str = "auto"  # auto measures once a round; sparse; dense (masked PyTorch)
 
 

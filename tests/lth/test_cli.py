@@ -152,8 +152,23 @@ def test_what_cannot_be_ends_in_one_line_before_any_work(
     assert not list(in_an_empty_folder.iterdir())
 
 
+def test_a_gpu_is_told_to_repeat_its_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(cli, "make", lambda settings, data_dir: pytest.fail("made before"))
+    with pytest.raises(pytest.fail.Exception):
+        cli.run(("--device", "cuda"))
+    assert torch.backends.cudnn.deterministic
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_where_there_is_none_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cuda_where_there_is_none_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # put back afterwards
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     assert lth("run", "--device", "cuda") == 1
     assert "device: 'cuda', but PyTorch finds no CUDA device here; it takes cpu" in capsys.readouterr().err
 
