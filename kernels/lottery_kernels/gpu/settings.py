@@ -117,7 +117,7 @@ def wgrad_tile(block: tuple[int, int], dtype: torch.dtype, precision: str, targe
         warps = max(1, min(4, area // (32 * 64)))
     else:  # from 64 rows on four warps can multiply together
         warps = 8 if area > 64 * 128 else 4 if area >= 64 * 64 or high >= 64 else 2 if area >= 32 * 32 else 1
-    rows = (32 if dtype == torch.float32 else 64) * (2 if area <= 8 * sums else 1)
+    rows = (32 if dtype == torch.float32 else 64) * (2 if high + wide <= sums // 2 else 1)
     stages = 4 if dtype.itemsize == 2 and rows * (high + wide) * 2 <= 12288 else 3
     return Tile(rows, high, wide, warps, 2 if target.backend == "hip" else stages)
 
