@@ -18,8 +18,8 @@ for fp16, whose counts are the same. Written are, for the three passes together 
         writes its result once
     (d) the least without a tiling: live values, x and y each once
     (e) for the linear forward pass, PyTorch's `bsr_dense_addmm` with the settings that PyTorch ships for an A100
-    floor     (a), and what writing y and dx takes at least: for 512 bytes a store of a warp and, unless in fp32, four
-              conversions; relative to the dense kernel's instructions
+    floor     what writing y and dx takes at least, for 512 bytes a store of a warp and, unless in fp32, four
+              conversions, and (a) of the rest of the dense kernel's instructions; relative to these
 
 `bound` is an upper bound, no measurement: the speed-up over a dense kernel that reaches 80 % of the tensor cores' peak,
 if the sparse one were limited by nothing but peak arithmetic, its sectors at the second-level cache's bandwidth and (d)
@@ -248,7 +248,8 @@ def floor(layer: Layer, dense: Counts, live: float) -> float:
     rows = layer.batch * math.prod(layer.image or ())
     written = rows * (layer.weight_shape[0] + layer.weight_shape[1]) * layer.dtype.itemsize
     instructions = 5 if layer.dtype.itemsize == 2 else 1
-    return live + instructions * written / 512 / _instructions(dense)
+    writing = instructions * written / 512 / _instructions(dense)
+    return writing + live * (1 - writing)
 
 
 def least(layer: Layer, nnz: int) -> float:
