@@ -44,7 +44,7 @@ def test_more_random_layers(gpu, name, kind, seed):
 def test_all_pruned_and_full(gpu, kind, density):
     image = (5, 6) if kind == "conv2d" else None
     shape = (48, 32, 3, 3) if image else (48, 80)
-    check_layer(Layer("fp16", (32, 16), shape, 3, image, padding=(1, 1), density=density), gpu)
+    check_layer(Layer("bf16", (32, 16), shape, 3, image, padding=(1, 1), density=density), gpu)
 
 
 def test_the_batch_is_cut_where_few_blocks_are_live():

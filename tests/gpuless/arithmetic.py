@@ -99,6 +99,10 @@ def fused_multiply_add(machine: Machine, instruction: Instruction, mask: Mask) -
     """Rounded once; twice in rare cases, since fp64 holds the product exactly but not always the sum."""
     result, *operands = instruction.operands
     kind = instruction.type
+    if kind == "bf16":
+        a, b, c = (bf16_to_float(np.asarray(machine.read(operand, "b16"))).astype(np.float64) for operand in operands)
+        machine.write(result, float_to_bf16((a * b + c).astype(np.float32)), mask)
+        return
     if kind not in ("f16", "f32", "f64"):
         raise NotImplementedError(instruction.text)
     a, b, c = (machine.read(operand, kind).astype(np.float64) for operand in operands)
