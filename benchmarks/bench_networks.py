@@ -132,7 +132,7 @@ class Problem:
 
     def check(self) -> None:
         """Against the dense masked net: all gradients of a small batch and the losses of a short training in fp64, and
-        the first loss in fp32, to 1e-4. (Later ones in fp32 part: training a deep net doubles an error fast.)"""
+        the first loss in fp32, to 1e-4. (Later ones in fp32 part: deep nets amplify rounding errors step by step.)"""
         x, y = (part[:8] for part in self.batches(0, 0))
         dense, sparse = self.dense(torch.float64).train(), self.sparse(torch.float64).train()
         for model in (dense, sparse):
