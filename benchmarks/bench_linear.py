@@ -9,9 +9,10 @@ published sparse training on a CPU, runs too where it is installed.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import itertools
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import Times, in_turns
-from lottery_kernels import SparseLinear
+from lottery_kernels import SparseLinear, sparsify
 
 BLOCKS = [(1, 1), (4, 4), (8, 8), (16, 16)]
 # (in, out, batch, first): a first layer reads rows of a data set and owes nobody a gradient of them
@@ -186,14 +187,16 @@ def test_layer(benchmark, tables, shape, density, block):
     benchmark.pedantic(steps["sparse"], rounds=10, warmup_rounds=1)
 
 
-def network(
-    sizes: Sequence[int], make: Callable[[nn.Linear, Tensor], nn.Module], density: float, block: tuple[int, int]
-) -> nn.Module:
-    """Linear layers with ReLU between them; the same weights and masks for every `make`."""
+def network(sizes: Sequence[int], density: float, block: tuple[int, int], sparse: bool) -> nn.Module:
+    """Linear layers with ReLU between them, sparse or dense masked; the same weights and masks both ways."""
     torch.manual_seed(1)
     drawn = [(nn.Linear(i, o), random_mask(o, i, density, block)) for i, o in itertools.pairwise(sizes)]
-    layers = [layer for linear, mask in drawn for layer in (make(linear, mask), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
+    layers = [
+        module for linear, mask in drawn for module in (linear if sparse else DenseMasked.of(linear, mask), nn.ReLU())
+    ]
+    net = nn.Sequential(*layers[:-1])
+    masks = {str(2 * number): mask for number, (_, mask) in enumerate(drawn)}
+    return sparsify(net, masks, block, when="always") if sparse else net
 
 
 def training_step(
@@ -221,16 +224,16 @@ def training_step(
 def test_step(benchmark, tables, name, block):
     sizes, batch, density = NETS[name]
     x, target = torch.randn(batch, sizes[0]), torch.randint(sizes[-1], (batch,))
-    build = functools.partial(network, sizes, density=density, block=block)
-    sparse = functools.partial(SparseLinear.from_dense, block=block)
-
-    ours, exact = build(sparse), build(DenseMasked.of).double()
-    ours, exact = training_step(ours, x, target, lr=1.2e-3), training_step(exact, x.double(), target, lr=1.2e-3)
+    ours, exact = (network(sizes, density, block, sparse) for sparse in (True, False))
+    ours, exact = (
+        training_step(ours, x, target, lr=1.2e-3),
+        training_step(exact.double(), x.double(), target, lr=1.2e-3),
+    )
     for _ in range(5):
         assert abs(ours() - exact()) < 1e-5
-    masked, compiled = build(DenseMasked.of), build(DenseMasked.of)
+    masked, compiled = (network(sizes, density, block, sparse=False) for _ in range(2))
     steps = {
-        "sparse": training_step(build(sparse), x, target),
+        "sparse": training_step(network(sizes, density, block, sparse=True), x, target),
         "eager": training_step(masked, x, target),
         "compiled": training_step(compiled, x, target, torch.compile(compiled)),
     }
@@ -239,6 +242,49 @@ def test_step(benchmark, tables, name, block):
     tables.add(title, net=name, remaining=f"{density:.1%}", block=f"{block[0]}×{block[1]}", **row)
     benchmark.extra_info.update(row)
     benchmark.pedantic(steps["sparse"], rounds=10, warmup_rounds=1)
+
+
+def parts_of_step(net: nn.Module, x: Tensor, target: Tensor, steps: int = 400) -> dict[str, float]:
+    """Median microseconds of each part of a training step."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.0, fused=True)
+    names = ["zero_grad", "forward", "loss", "backward", "Adam"]
+    kept: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(steps):
+        moments = [time.perf_counter()]
+
+        def lap(moments: list[float] = moments) -> None:
+            moments.append(time.perf_counter())
+
+        optimizer.zero_grad()
+        lap()
+        y = net(x)
+        lap()
+        loss = F.cross_entropy(y, target)
+        lap()
+        loss.backward()
+        lap()
+        optimizer.step()
+        lap()
+        for name, (start, end) in zip(names, itertools.pairwise(moments), strict=True):
+            kept[name].append((end - start) * 1e6)
+    return {name: statistics.median(times) for name, times in kept.items()}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_parts_of_a_step(tables, name):
+    """Where the time of a sparse step goes, beside that of the smallest net of as many layers: the floor that PyTorch's
+    own cost sets, whatever the kernels do."""
+    sizes, batch, density = NETS[name]
+    nets = {
+        f"{name}, dense masked": (sizes, False),
+        f"{name}, sparse": (sizes, True),
+        f"8-8-8-10, batch {batch}, sparse": ((8, 8, 8, 10), True),
+    }
+    for title, (sizes, sparse) in nets.items():
+        x, target = torch.randn(batch, sizes[0]), torch.randint(sizes[-1], (batch,))
+        parts = parts_of_step(network(sizes, density if sizes[0] > 8 else 0.5, (1, 1), sparse), x, target)
+        row = {part: f"{microseconds:.0f}" for part, microseconds in parts.items()}
+        tables.add("Parts of a training step, µs", net=title, **row, sum=f"{sum(parts.values()):.0f}")
 
 
 def allocated(layer: SparseLinear, batch: int) -> dict[str, int]:

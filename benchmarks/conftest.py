@@ -40,6 +40,7 @@ _tables = pytest.StashKey[Tables]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="file for the tables of results, .json or .md")
+    parser.addoption("--compiled", action="store_true", help="also run dense networks through torch.compile")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -16,10 +16,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from lth.data import available
 from lth.events import Observer, Observers, Plan
-from lth.presets import Settings, directory_of, make, named
+from lth.presets import Settings, directory_of, make, named, plan
 from lth.progress import Progress
-from lth.ticket import plan_search, run_search
+from lth.ticket import run_search
 from lth.tracking import tracker
 
 USAGE = """usage: lth COMMAND
@@ -83,11 +84,15 @@ def run(arguments: Sequence[str]) -> int:
     options = _parsed(arguments, Options(**dataclasses.asdict(named(preset)), preset=preset))
     if options.threads is not None:
         _set_threads(options.threads)
+    if options.dry_run:
+        print_plan(plan(options.settings, options.directory))
+        place = options.data_dir or available(options.data) or "nowhere on this machine: it would be downloaded"
+        print(f"{options.data}: {place}.")
+        return 0
+    if options.device == "cuda":
+        _repeat_on_a_gpu()
     task, search, settings, dataset = make(options.settings, options.data_dir)
     search = dataclasses.replace(search, checkpoint_seconds=options.checkpoint_seconds)
-    if options.dry_run:
-        print_plan(plan_search(task, search, options.directory))
-        return 0
     counts = f"{len(dataset.train):,} training, {len(dataset.validation):,} validation, {len(dataset.test):,} test"
     with Progress() as progress:
         observer: Observer = Observers(progress, tracker(options.track)) if options.track else progress
@@ -155,6 +160,14 @@ def _set_threads(threads: int) -> None:
     if threads < 1:
         raise ValueError(f"threads: {threads}; it takes at least 1")
     torch.set_num_threads(threads)
+
+
+def _repeat_on_a_gpu() -> None:
+    """Equal seeds give equal bits: cuDNN and cuBLAS would choose faster sums in an order that varies."""
+    import torch
+
+    torch.backends.cudnn.deterministic = True
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def _explained(error: Exception) -> str:

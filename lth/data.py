@@ -99,12 +99,7 @@ def fitted(dataset: Dataset, shape: Sequence[int]) -> Dataset:
     Raises:
         DataError: the shape is smaller than the images, or asks for channels that they do not have.
     """
-    own, (channels, height, width) = tuple(dataset.train.x.shape[1:]), shape
-    if own[0] not in (1, channels) or height < own[1] or width < own[2]:
-        raise DataError(
-            f"image: {channels}x{height}x{width}, but {dataset.name} has images of {'x'.join(map(str, own))}; "
-            "it takes sizes that are no smaller, and the same channels unless there is but one"
-        )
+    own, (channels, height, width) = tuple(dataset.train.x.shape[1:]), image_shape(dataset.name, shape)
     kind = _SETS["mnist" if dataset.name == "mnist5k" else dataset.name]
     black = _normalised(torch.zeros(1, own[0], 1, 1), kind.mean, kind.std)
     top, left = (height - own[1]) // 2, (width - own[2]) // 2
@@ -120,6 +115,24 @@ def fitted(dataset: Dataset, shape: Sequence[int]) -> Dataset:
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on a device; for a GPU's copy the host does not wait."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def image_shape(name: str, fitted_to: Sequence[int] | None = None) -> tuple[int, int, int]:
+    """(channels, height, width) of a set's images, or of what they are `fitted` to; reads no data.
+
+    Raises:
+        DataError: no such set, or a shape that its images do not fit.
+    """
+    if name not in IMAGES:
+        raise DataError(f"data: no data set {name!r}; there are {', '.join(IMAGES)}")
+    own = IMAGES[name]
+    channels, height, width = fitted_to or own
+    if own[0] not in (1, channels) or height < own[1] or width < own[2]:
+        raise DataError(
+            f"image: {channels}x{height}x{width}, but {name} has images of {'x'.join(map(str, own))}; "
+            "it takes sizes that are no smaller, and the same channels unless there is but one"
+        )
+    return channels, height, width
 
 
 def available(name: str) -> str | None:
@@ -337,3 +350,4 @@ _SETS: Mapping[str, _Set] = {
     "cifar10": _Set((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), _read_cifar10, _download_idx("CIFAR10")),
 }
 DATA_SETS = ("mnist5k", *_SETS)
+IMAGES: Mapping[str, tuple[int, int, int]] = {**dict.fromkeys(DATA_SETS, (1, 28, 28)), "cifar10": (3, 32, 32)}

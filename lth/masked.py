@@ -17,6 +17,12 @@ DENSE = "dense masked"
 REASONS = {"sparse": "asked for", "dense": "asked for", "auto": "measured"}
 
 
+def check_maskable(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Raises TypeError or ValueError, by name, for a layer that cannot be masked; masks the model on the way."""
+    none_left = {layer.name: torch.zeros(layer.shape, dtype=torch.bool) for layer in layers}  # indexed in no time
+    lottery_kernels.sparsify(model, none_left, when=lambda name, layer, mask: False)
+
+
 def unmasked(layers: Sequence[Layer]) -> dict[str, Any]:
     """What kernels.json says of round 0."""
     return {"layers": {layer.name: "dense" for layer in layers}, "reason": "nothing is pruned", "choices": {}}

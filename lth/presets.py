@@ -17,15 +17,17 @@ from torch import nn
 from lth import data
 from lth.augment import AUGMENTATIONS
 from lth.classify import classification
+from lth.events import Plan
 from lth.masked import parse_block
 from lth.models import NETWORKS
-from lth.plan import Search
-from lth.prune import Block, prunable
+from lth.plan import Search, make_plan
+from lth.prune import Block, layers_of, prunable
 from lth.schedule import Schedule, iteration_of
 from lth.train import Task
 
 OPTIMIZERS = ("adam", "sgd")
 DEVICES = ("cpu", "cuda")
+CLASSES = 10  # of every data set
 PRECISIONS = ("auto", "fp32", "bf16")  # fp16 would need its loss scaled; bf16 has the range of fp32
 
 
@@ -61,7 +63,7 @@ class Settings:
     eval_every: int = 100  # iterations between evaluations
     device: str = "cpu"  # cpu or cuda
     precision: str = "auto"  # fp32, or bf16 by autocast, on a GPU only; auto: bf16 on a GPU, fp32 on the CPU
-    graph: bool = True  # a GPU's training step is captured whole in a CUDA graph and replayed
+    graph: bool = True  # whether a GPU's training step is captured whole in a CUDA graph
     kernels: str = "auto"  # auto measures once a round; sparse; dense (masked PyTorch)
 
 
@@ -154,21 +156,7 @@ def make(settings: Settings, data_dir: Path | None = None) -> tuple[Task, Search
     Raises:
         ValueError: a setting that cannot be; its name comes first. DataError: the data set is not there.
     """
-    _check("network", settings.network, settings.network in NETWORKS, ", ".join(NETWORKS))
-    _check("dropout", settings.dropout, 0 <= settings.dropout < 1, "0 to below 1")
-    for kind in (augment := _listed(settings.augment)):
-        _check("augment", kind, kind in AUGMENTATIONS, ", ".join(AUGMENTATIONS))
-    _check("optimizer", settings.optimizer, settings.optimizer in OPTIMIZERS, ", ".join(OPTIMIZERS))
-    _check("device", settings.device, settings.device in DEVICES, ", ".join(DEVICES))
-    _check("precision", settings.precision, settings.precision in PRECISIONS, ", ".join(PRECISIONS))
-    _check("learning_rate", settings.learning_rate, 0 < settings.learning_rate < float("inf"), "a positive number")
-    _check("momentum", settings.momentum, 0 <= settings.momentum < 1, "0 to below 1")
-    _check("weight_decay", settings.weight_decay, 0 <= settings.weight_decay < float("inf"), "0 or more")
-    _check("batch", settings.batch, settings.batch >= 1, "at least 1")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: 'cuda', but PyTorch finds no CUDA device here; it takes cpu")
-    if settings.device == "cpu" and settings.precision == "bf16":
-        raise ValueError("precision: 'bf16', but the CPU's kernels know fp32 only; it takes auto or fp32")
+    _check_settings(settings)
     search = _search(settings)  # checks before the data is read
     schedule, shape = _schedule(settings), _image(settings.image)
     device = torch.device(settings.device)
@@ -182,13 +170,23 @@ def make(settings: Settings, data_dir: Path | None = None) -> tuple[Task, Search
         settings.batch,
         partial(make_optimizer, settings),
         device,
-        augment,
+        _listed(settings.augment),
         schedule,
         autocast=torch.bfloat16 if on_gpu and settings.precision != "fp32" else None,
         graph=settings.graph and on_gpu,
     )
     search = replace(search, rate=_rates(settings, task.model()))
     return task, search, {**dataclasses.asdict(settings), **search.settings(), "data_sha256": dataset.digest}, dataset
+
+
+def plan(settings: Settings, directory: Path) -> Plan:
+    """What a run would do; its data need not be there."""
+    _check_settings(settings)
+    search, shape = _search(settings), data.image_shape(settings.data, _image(settings.image))
+    _schedule(settings)
+    model = NETWORKS[settings.network](shape, CLASSES, settings.dropout)
+    search = replace(search, rate=_rates(settings, model))
+    return make_plan(search, layers_of(model, search.rate, search.block), directory)
 
 
 def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
@@ -202,6 +200,24 @@ def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimize
         weight_decay=settings.weight_decay,
         fused=True,
     )
+
+
+def _check_settings(settings: Settings) -> None:
+    _check("network", settings.network, settings.network in NETWORKS, ", ".join(NETWORKS))
+    _check("dropout", settings.dropout, 0 <= settings.dropout < 1, "0 to below 1")
+    for kind in _listed(settings.augment):
+        _check("augment", kind, kind in AUGMENTATIONS, ", ".join(AUGMENTATIONS))
+    _check("optimizer", settings.optimizer, settings.optimizer in OPTIMIZERS, ", ".join(OPTIMIZERS))
+    _check("device", settings.device, settings.device in DEVICES, ", ".join(DEVICES))
+    _check("precision", settings.precision, settings.precision in PRECISIONS, ", ".join(PRECISIONS))
+    _check("learning_rate", settings.learning_rate, 0 < settings.learning_rate < float("inf"), "a positive number")
+    _check("momentum", settings.momentum, 0 <= settings.momentum < 1, "0 to below 1")
+    _check("weight_decay", settings.weight_decay, 0 <= settings.weight_decay < float("inf"), "0 or more")
+    _check("batch", settings.batch, settings.batch >= 1, "at least 1")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: 'cuda', but PyTorch finds no CUDA device here; it takes cpu")
+    if settings.device == "cpu" and settings.precision == "bf16":
+        raise ValueError("precision: 'bf16', but the CPU's kernels know fp32 only; it takes auto or fp32")
 
 
 def _search(settings: Settings) -> Search:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lth.classify import Shuffled
 from lth.driver import Driver
 from lth.events import Observer, Plan
-from lth.masked import mask_as_chosen
+from lth.masked import check_maskable, mask_as_chosen
 from lth.plan import Search, make_plan
 from lth.prune import layers_of
 from lth.store import TICKET, Run, RunError, Stage, locked
@@ -127,6 +127,8 @@ def find_ticket(
 
     Raises:
         ValueError: a setting that cannot be.
+        TypeError, ValueError: a layer to prune that cannot be masked, by name: parametrized, tied, a subclass. Give
+            `rate` without it.
         RunError: the folder holds something else.
         Diverged: a loss was not finite.
         DamagedFile: a file of the run to resume was truncated or altered.
@@ -179,7 +181,10 @@ def run_search(
 
 
 def plan_search(task: Task, search: Search, directory: Path | None) -> Plan:
-    return make_plan(search, layers_of(task.fresh(), search.rate, search.block), directory)
+    model = task.fresh()
+    layers = layers_of(model, search.rate, search.block)
+    check_maskable(model, layers)
+    return make_plan(search, layers, directory)
 
 
 def open_run(directory: Path, settings: Mapping[str, Any], plan: Plan, *, resume: bool) -> Run:

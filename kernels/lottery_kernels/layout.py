@@ -8,12 +8,14 @@ which is then channels_last. The classes here do that. Inputs in any other layou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import operators
+from .fuse import fuses, is_bare
 from .surgery import change_classes
 
 
@@ -29,21 +31,23 @@ class BatchInnermostBatchNorm2d(nn.BatchNorm2d):
         """`[N, C, H, W] -> [N, C, H, W]`."""
         if not is_batch_innermost(input):
             return super().forward(input)
-        n, c, h, w = input.shape
-        uses_batch = self.training or self.running_mean is None
-        if uses_batch and n * h * w > 1 and c == self.num_features and self._has_kernel(input):
+        if self._has_kernel(input):
             return self._normalize(input)
+        n, c, h, w = input.shape
         y = super().forward(input.permute(1, 2, 3, 0).view(1, c, h * w, n))
         return y.view(c, h, w, n).permute(3, 0, 1, 2)
 
     def _has_kernel(self, input: Tensor) -> bool:
+        n, c, h, w = input.shape
+        if not (self.training or self.running_mean is None) or n * h * w < 2 or c != self.num_features:
+            return False
         same = self.weight is None or self.weight.dtype == input.dtype
         if not same or input.dtype not in (torch.float32, torch.float64):
             return False
         return operators._backend_serves("batch_norm", "cpu")
 
-    def _normalize(self, input: Tensor) -> Tensor:
-        y, mean, var = torch.ops.lottery_kernels.batch_norm(input, self.weight, self.bias, self.eps)
+    def _normalize(self, input: Tensor, relu: bool = False) -> Tensor:
+        y, mean, var = torch.ops.lottery_kernels.batch_norm(input, self.weight, self.bias, self.eps, relu)
         if self.training and self.running_mean is not None and self.running_var is not None:
             factor = self.momentum
             if self.num_batches_tracked is not None:
@@ -54,6 +58,17 @@ class BatchInnermostBatchNorm2d(nn.BatchNorm2d):
                 self.running_mean.lerp_(mean, factor or 0.0)
                 self.running_var.lerp_(var * (count / (count - 1)), factor or 0.0)
         return y
+
+
+@fuses(BatchInnermostBatchNorm2d)
+def _batch_norm_relu(modules: Sequence[nn.Module], i: int, x: Tensor) -> tuple[Tensor, int] | None:
+    """BatchNorm in training with a ReLU behind it: no image between them is written, kept or read."""
+    norm = modules[i]
+    assert isinstance(norm, BatchInnermostBatchNorm2d)
+    has_relu = i + 1 < len(modules) and type(modules[i + 1]) is nn.ReLU and is_bare(modules[i + 1])
+    if not has_relu or not is_batch_innermost(x) or not norm._has_kernel(x):
+        return None
+    return norm._normalize(x, relu=True), i + 2
 
 
 class _BatchInnermostPool(nn.Module):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lottery_kernels import SparseConv2d, SparseLinear, sparsify
+from lottery_kernels.gpu import tune
 
 from .cases import BLOCKS, PRECISIONS, Layer, check, draw, precision
 
@@ -113,3 +114,15 @@ def test_a_model_and_its_input_on_different_devices(make):
     for one, other in ((model, x.cuda()), (model.cuda(), x.cpu())):
         with pytest.raises((ValueError, RuntimeError), match=r"x is on c\w+(:0)?, (values|index) (are )?on c"):
             one(other)
+
+
+def test_measured_tiles_compute_the_same_and_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LOTTERY_KERNELS_TUNE", "1")
+    tune.forget()
+    try:
+        check_layer(Layer("bf16", (32, 32), (512, 384), 300))
+        check_layer(Layer("bf16", (32, 32), (128, 64, 3, 3), 8, (14, 14), padding=(1, 1)))
+        assert list(tune.stored().values()) == [6]
+    finally:
+        tune.forget()

@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from lottery_kernels import SparseConv2d, SparseLinear, densify, sparsify
 from lottery_kernels.cpu import build
+from lottery_kernels.fuse import to_fused
 from lottery_kernels.layout import is_batch_innermost, to_batch_innermost, to_usual_layout
+from lth.models import NETWORKS
 
 POOLS = {
     "max": lambda: nn.MaxPool2d(2),
@@ -165,10 +167,10 @@ class Layouts(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not build.load(), reason="the reference works in torch's layouts")
-@pytest.mark.parametrize("make", [vgg, resnet])
+@pytest.mark.parametrize("make", [vgg, resnet, "vgg19", "resnet20", "conv-4"])
 def test_a_step_converts_layouts_at_its_two_ends_alone(make):
-    model = sparse(make())
-    x = torch.randn(6, 3, 8, 8)
+    model = sparse(NETWORKS[make]((3, 16, 16), 10) if isinstance(make, str) else make())
+    x = torch.randn(6, 3, 16, 16) if isinstance(make, str) else torch.randn(6, 3, 8, 8)
     with Layouts(6) as forward:
         loss = F.cross_entropy(model(x), torch.randint(10, (6,)))
     assert forward.noted[0] == ("lottery_kernels.conv2d.default", True)  # the images come in
@@ -183,17 +185,41 @@ def test_a_step_converts_layouts_at_its_two_ends_alone(make):
 
 
 @pytest.mark.skipif(not build.load(), reason="no C++ compiler")
-def test_batch_norm_has_derivatives_of_second_order():
-    norm = to_batch_innermost(nn.BatchNorm2d(2).double())
+@pytest.mark.parametrize("relu", [False, True])
+def test_batch_norm_has_derivatives_of_second_order(relu):
+    norm = to_fused(nn.Sequential(to_batch_innermost(nn.BatchNorm2d(2).double()), *[nn.ReLU()] * relu))
     x = batch_innermost(torch.randn(3, 2, 2, 1, dtype=torch.float64))
 
     def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, x)
+        return torch.func.functional_call(norm, {"0.weight": weight, "0.bias": bias}, x)
 
-    inputs = [t.detach().clone().requires_grad_() for t in (x, norm.weight, norm.bias)]
+    inputs = [t.detach().clone().requires_grad_() for t in (x, norm[0].weight, norm[0].bias)]
     inputs[0] = x.requires_grad_()
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.skipif(not build.load(), reason="no C++ compiler")
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 2, 1), (60, 5, 7, 3), (64, 5, 32, 32), (17, 5, 33, 40)])
+def test_batch_norm_and_relu_in_one_give_the_bits_of_both(shape, affine):
+    apart = nn.Sequential(to_batch_innermost(nn.BatchNorm2d(5, affine=affine)), nn.ReLU())
+    if affine:
+        nn.init.normal_(apart[0].weight), nn.init.normal_(apart[0].bias)
+    fused = to_fused(copy.deepcopy(apart))
+    x = batch_innermost(torch.randn(shape))
+    for one, other in zip(step(fused, x), step(apart, x), strict=True):
+        assert torch.equal(one, other)
+    y = fused(x.requires_grad_())
+    assert "BatchNorm" in y.grad_fn.name() and is_batch_innermost(y)  # no ReLU node
+    assert fused[1](torch.tensor(-1.0)) == 0
+
+
+@pytest.mark.skipif(not build.load(), reason="no C++ compiler")
+def test_batch_norm_in_evaluation_is_not_fused():
+    fused = to_fused(nn.Sequential(to_batch_innermost(nn.BatchNorm2d(5)), nn.ReLU())).eval()
+    x = batch_innermost(torch.randn(4, 5, 3, 3))
+    torch.testing.assert_close(fused(x), F.relu(F.batch_norm(x, fused[0].running_mean, fused[0].running_var)))
 
 
 @pytest.mark.skipif(not build.load(), reason="no C++ compiler")

@@ -73,18 +73,21 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(
 @pytest.mark.parametrize(
     ("preset", "shown"),
     [
-        ("conv2", ["conv1, conv2", "7,709", "320,000 iterations"]),
+        ("conv2", ["conv1, conv2", "7,946", "320,000 iterations"]),
         ("conv4", ["conv1 to conv4", "400,000 iterations"]),
         ("conv6", ["conv1 to conv6", "fc1, fc2", "570,000 iterations"]),
-        ("resnet20", ["all layers", "267,408", "18,376", "390,000 iterations"]),
-        ("vgg19", ["all layers", "20,017,728", "288,486", "2,240,000 iterations"]),
+        ("resnet20", ["all layers", "267,696", "390,000 iterations"]),
+        ("vgg19", ["all layers", "20,018,880", "2,240,000 iterations"]),
     ],
 )
 def test_the_plan_of_a_convolutional_net_fits_a_terminal(
-    preset: str, shown: list[str], capsys: pytest.CaptureFixture[str]
+    preset: str, shown: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert lth("run", preset, "--data", "mnist5k", "--dry-run") == 0
+    """Nothing is downloaded for it."""
+    monkeypatch.setattr(data, "cache_folder", lambda: Path("nowhere"))
+    assert lth("run", preset, "--dry-run") == 0
     printed = " ".join(capsys.readouterr().out.split())
+    assert "cifar10: nowhere on this machine: it would be downloaded." in printed
     assert "…" not in printed.replace("iteratio…", "")
     for text in shown:
         assert all(word in printed for word in text.split())
@@ -152,8 +155,23 @@ def test_what_cannot_be_ends_in_one_line_before_any_work(
     assert not list(in_an_empty_folder.iterdir())
 
 
+def test_a_gpu_is_told_to_repeat_its_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(cli, "make", lambda settings, data_dir: pytest.fail("made before"))
+    with pytest.raises(pytest.fail.Exception):
+        cli.run(("--device", "cuda"))
+    assert torch.backends.cudnn.deterministic
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_where_there_is_none_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cuda_where_there_is_none_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # put back afterwards
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     assert lth("run", "--device", "cuda") == 1
     assert "device: 'cuda', but PyTorch finds no CUDA device here; it takes cpu" in capsys.readouterr().err
 

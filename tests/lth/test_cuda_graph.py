@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lottery_kernels import SparseLinear, sparsify
 from lth import cuda_graph, masked
+from lth.augment import Augmented
 from lth.classify import Shuffled
 from lth.cuda_graph import CapturedStep, GatedStep
 from lth.events import Observer
@@ -212,6 +213,18 @@ def test_batches_of_any_make_are_copied_in() -> None:
         return tiny.step(model, (batch["x"], batch["y"]))
 
     task = task_of(batches=drawn, step=step)
+    assert_same(trained(EagerStep, 10, task), trained(RecordedStep, 10, task))
+
+
+def test_augmented_images_and_convolutions_take_it_too() -> None:
+    generator = torch.Generator().manual_seed(2)
+    images, labels = torch.randn(96, 3, 8, 8, generator=generator), tiny.examples()[1]
+
+    def network() -> nn.Module:
+        layers = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        return nn.Sequential(*layers, nn.Linear(8, 3))
+
+    task = task_of(model=network, batches=Augmented(Shuffled((images, labels), 32), ("flip", "crop")))
     assert_same(trained(EagerStep, 10, task), trained(RecordedStep, 10, task))
 
 

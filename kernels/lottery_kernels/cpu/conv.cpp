@@ -9,6 +9,7 @@
 #include "conv_pass.h"
 #include "conv_weight.h"
 #include "image.h"
+#include "shares.h"
 
 namespace lottery {
 namespace {
@@ -35,16 +36,6 @@ template <class S>
 Pass<S> backward_pass(const ConvWeight& weight, const Image<const S>& dy, int64_t phase_down, int64_t phase_across) {
   return {weight.down.backward(phase_down), weight.across.backward(phase_across), weight.out_channels(),
           weight.in_channels(), weight.r, weight.c, weight.columns, dy};
-}
-
-// Threads worth waking for `work` vector multiply-adds; shares [0, n) run on them.
-template <class F>
-void in_shares(int64_t work, const F& share) {
-  constexpr int64_t kWorth = 8192;
-  const int64_t n = std::clamp<int64_t>(work / kWorth, 1, at::get_num_threads());
-  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) share(i, n);
-  });
 }
 
 template <class S>

@@ -74,23 +74,27 @@ class BackwardShare {
   template <int V, bool DX>
   void gradients(int64_t first, int64_t k0, int64_t k1, const S* base, int64_t v, const TargetRow<const S>& x,
                  const TargetRow<S>* dx) {
-    Vec<S> held[V], sums[V] = {};
+    Vec<S> held[V], done[V] = {};
     for (int i = 0; i < V; ++i) held[i] = x.get(v + i);
     const Gather& gather = pass_.gather;
-    for (int64_t k = k0; k < k1; ++k) {
-      const S* dy = base + gather.offset[k];
-      S* product = products_.data() + (k - first) * L;
-      Vec<S> products = load(product);
-      const S w = DX ? values_[gather.position[k]] : S(0);
-      for (int i = 0; i < V; ++i) {
-        const Vec<S> g = DX ? load_once(dy + i * L) : load(dy + i * L);
-        products += g * held[i];
-        if (DX) sums[i] += w * g;
+    for (int64_t k = k0; k < k1;) {
+      Vec<S> sums[V] = {};
+      for (const int64_t end = std::min(k + kRun, k1); k < end; ++k) {
+        const S* dy = base + gather.offset[k];
+        S* product = products_.data() + (k - first) * L;
+        Vec<S> products = load(product);
+        const S w = DX ? values_[gather.position[k]] : S(0);
+        for (int i = 0; i < V; ++i) {
+          const Vec<S> g = DX ? load_once(dy + i * L) : load(dy + i * L);
+          products += g * held[i];
+          if (DX) sums[i] += w * g;
+        }
+        store(product, products);
       }
-      store(product, products);
+      for (int i = 0; i < V; ++i) done[i] += sums[i];
     }
     if (DX)
-      for (int i = 0; i < V; ++i) dx->put(v + i, sums[i]);
+      for (int i = 0; i < V; ++i) dx->put(v + i, done[i]);
   }
 
   void block(int64_t line) {

@@ -159,10 +159,15 @@ class TargetRow {
   void put(int64_t v, Vec<S> value) const {
     if (streams_) stream(at(v), value);
     else if (count(v) >= kLanes<S>) store(at(v), value);
-    else if (count(v) > 0) std::memcpy(at(v), &value, count(v) * sizeof(S));
+    else if (count(v) > 0) put_part(at(v), value, count(v));
   }
 
  private:
+  // Not inlined: the vector's address would be taken, and with it the sums would lie in memory.
+  [[gnu::noinline]] static void put_part(S* to, Vec<S> value, int64_t count) {
+    std::memcpy(to, &value, count * sizeof(S));
+  }
+
   int64_t part(int64_t v) const { return v & ((1 << shift_) - 1); }
   T* at(int64_t v) const { return begin_ + (v >> shift_) * step_ + part(v) * kLanes<S>; }
 

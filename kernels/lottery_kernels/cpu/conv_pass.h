@@ -102,6 +102,10 @@ inline void cover(int64_t total, const F& f, int64_t v = 0) {
   if constexpr (V > 1) cover<V / 2>(total, f, v);
 }
 
+// Terms that are added one by one; sums of so many are added in turn. The rounding error of a long line stays that of a
+// blocked dense product.
+constexpr int64_t kRun = 64;
+
 // Sums over the live blocks of one line, for one row of targets: those of channel `out` of the line begin with
 // `first(out)` and go to `targets[out]`.
 template <class S>
@@ -124,18 +128,46 @@ class LineSums {
   template <int R, int INS, class First, class Targets>
   void rows(int64_t k0, int64_t k1, const S* base, int64_t vectors, int64_t out, const First& first,
             const Targets& targets) const {
+    const int64_t run = std::max<int64_t>(1, kRun / (INS ? INS : block_.ins));
+    if (k1 - k0 > run) return long_rows<R, INS>(k0, k1, run, base, vectors, out, first, targets);
     cover<kRegisters / 2 / R>(vectors, [&]<int V>(std::integral_constant<int, V>, int64_t v) {
       Vec<S> sums[R][V];
       for (int r = 0; r < R; ++r)
         for (int i = 0; i < V; ++i) sums[r][i] = splat<S>(first(out + r));
-      const S* at = base + v * kLanes<S>;
-      multiply<S, R, V, INS>(sums, entries_, k0, k1, values_, block_, out, plane_,
-                             [&](int64_t k) { return at + gather_.offset[k]; });
-      for (int r = 0; r < R; ++r) {
-        const TargetRow<S> target = targets(out + r);
-        for (int i = 0; i < V; ++i) target.put(v + i, sums[r][i]);
-      }
+      add<R, V, INS>(sums, k0, k1, base + v * kLanes<S>, out);
+      put<R, V>(sums, v, out, targets);
     });
+  }
+
+  template <int R, int INS, class First, class Targets>
+  void long_rows(int64_t k0, int64_t k1, int64_t run, const S* base, int64_t vectors, int64_t out, const First& first,
+                 const Targets& targets) const {
+    cover<kRegisters / 2 / R>(vectors, [&]<int V>(std::integral_constant<int, V>, int64_t v) {
+      Vec<S> done[R][V];
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < V; ++i) done[r][i] = splat<S>(first(out + r));
+      for (int64_t k = k0; k < k1; k += run) {
+        Vec<S> sums[R][V] = {};
+        add<R, V, INS>(sums, k, std::min(k + run, k1), base + v * kLanes<S>, out);
+        for (int r = 0; r < R; ++r)
+          for (int i = 0; i < V; ++i) done[r][i] += sums[r][i];
+      }
+      put<R, V>(done, v, out, targets);
+    });
+  }
+
+  template <int R, int V, int INS>
+  [[gnu::always_inline]] void add(Vec<S> (&sums)[R][V], int64_t k0, int64_t k1, const S* at, int64_t out) const {
+    multiply<S, R, V, INS>(sums, entries_, k0, k1, values_, block_, out, plane_,
+                           [&](int64_t k) { return at + gather_.offset[k]; });
+  }
+
+  template <int R, int V, class Targets>
+  [[gnu::always_inline]] void put(const Vec<S> (&sums)[R][V], int64_t v, int64_t out, const Targets& targets) const {
+    for (int r = 0; r < R; ++r) {
+      const TargetRow<S> target = targets(out + r);
+      for (int i = 0; i < V; ++i) target.put(v + i, sums[r][i]);
+    }
   }
 
   const Gather& gather_;

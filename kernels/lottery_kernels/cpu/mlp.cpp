@@ -172,7 +172,6 @@ variable_list backward_layers(const Saved& saved, const std::vector<Layer>& laye
   for (size_t i = layers.size(); i-- > 0;) {
     const Layer& layer = layers[i];
     next -= 1 + layer.form.bias;
-    Tensor dx;
     std::optional<Between<S, T>> before;
     Gradients<S> gradients{};
     if (i == 0 && wanted[0]) {
