@@ -175,7 +175,8 @@ class ColumnShare {
     // x is packed a few columns ahead: a transpose takes a vector of them at once
     const int64_t ahead = std::max<int64_t>(1, kLanes<S> / weight_.c);
     const bool needs_x = wanted_.dvalues || wanted_.through_relu;
-    std::vector<S> x_rows(needs_x ? ahead * weight_.c * T : 0);
+    thread_local Scratch<S> x_buffer;
+    S* const x_rows = needs_x ? x_buffer.at_least(ahead * weight_.c * T) : nullptr;
     const Entries& columns = weight_.columns;
     for (int64_t p = 0; p < dy_panels_.count(); ++p) {
       dy_ = dy_panels_[p];
@@ -184,9 +185,9 @@ class ColumnShare {
       DotProducts<S> dots(dots_ ? dots_ + columns.ptr[begin] : nullptr, p > 0);
       for (int64_t first = begin; first < end; first += ahead) {
         const int64_t last = std::min(first + ahead, end);
-        if (needs_x) pack_x(p, first * weight_.c, last * weight_.c, x_rows.data());
+        if (needs_x) pack_x(p, first * weight_.c, last * weight_.c, x_rows);
         for (int64_t column = first; column < last; ++column) {
-          const S* x = x_rows.data() + (column - first) * weight_.c * T;
+          const S* x = x_rows + (column - first) * weight_.c * T;
           if (weight_.r * weight_.c == 1) single(p, column, x, dots);
           else block(p, column, x);
         }

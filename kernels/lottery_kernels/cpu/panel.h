@@ -9,8 +9,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
+#include "memory.h"
 #include "vector.h"
 
 namespace lottery {
@@ -94,12 +94,12 @@ class Panels {
   // Valid until the next call in this thread.
   const S* operator[](int64_t p) const {
     if (in_place()) return x_.template panel<T>(p);
-    thread_local std::vector<S> buffer;
-    if (int64_t(buffer.size()) < padded_ * T) buffer.resize(padded_ * T);
-    pack<S, T>(x_, p, 0, x_.features, buffer.data());
-    std::memset(buffer.data() + x_.features * T, 0, (padded_ - x_.features) * T * sizeof(S));
-    if (relu_) through_relu(p, buffer.data());
-    return buffer.data();
+    thread_local Scratch<S> buffer;  // its rows are whole cache lines: a load across two would take twice as long
+    S* panel = buffer.at_least(padded_ * T);
+    pack<S, T>(x_, p, 0, x_.features, panel);
+    std::memset(panel + x_.features * T, 0, (padded_ - x_.features) * T * sizeof(S));
+    if (relu_) through_relu(p, panel);
+    return panel;
   }
 
  private:
@@ -110,7 +110,7 @@ class Panels {
 
   void through_relu(int64_t p, S* panel) const {
     constexpr int AHEAD = kLanes<S>;  // a transpose takes so many features at once
-    S rows[AHEAD * T];
+    alignas(kVectorBytes) S rows[AHEAD * T];
     for (int64_t f = 0; f < x_.features; f += AHEAD) {
       const int64_t last = std::min(f + AHEAD, x_.features);
       pack<S, T>(*relu_, p, f, last, rows - f * T);
