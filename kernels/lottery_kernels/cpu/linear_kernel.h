@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "panel.h"
+#include "shares.h"
 #include "sparse_matmul.h"
 
 namespace lottery {
@@ -59,16 +60,6 @@ Activation<S> written(Tensor& y) {
 
 inline Tensor empty_activation(const Tensor& like, int64_t features) {  // batch innermost
   return at::empty_strided({like.size(0), features}, {1, like.size(0)}, like.options());
-}
-
-// Threads worth waking for `work` vector multiply-adds; shares [0, n) run on them.
-template <class F>
-void in_shares(int64_t work, const F& share) {
-  constexpr int64_t kWorth = 8192;
-  const int64_t n = std::clamp<int64_t>(work / kWorth, 1, at::get_num_threads());
-  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) share(i, n);
-  });
 }
 
 // Panels are as wide as four vectors, or two where the batch is no wider or the cache would not hold so much of

@@ -147,7 +147,7 @@ Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variabl
   Tensor y;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lottery_kernels::mlp", [&] {
     y = wide<scalar_t>(layers, x.size(0)) ? forward_layers<scalar_t, 4>(x, layers, between)
-                               : forward_layers<scalar_t, 2>(x, layers, between);
+                                          : forward_layers<scalar_t, 2>(x, layers, between);
   });
   return y;
 }
@@ -220,7 +220,7 @@ variable_list backward_layers(const Saved& saved, const std::vector<Layer>& laye
   }
   AT_DISPATCH_FLOATING_TYPES(saved.x.scalar_type(), "lottery_kernels::mlp", [&] {
     grads = wide<scalar_t>(layers, saved.x.size(0)) ? backward_layers<scalar_t, 4>(saved, layers, wanted)
-                                   : backward_layers<scalar_t, 2>(saved, layers, wanted);
+                                                    : backward_layers<scalar_t, 2>(saved, layers, wanted);
   });
   return grads;
 }

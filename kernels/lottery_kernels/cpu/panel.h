@@ -1,9 +1,9 @@
 // Activations packed for the inner loops: a panel [features, T] holds T batch entries side by side.
 //
 // Each thread packs the panel that it is about to use into a buffer that it keeps, so that the panel is in its cache and
-// no fresh pages are touched. Packing makes every row of a panel whole, aligned vectors whatever the strides and the batch size (tails are zero),
-// keeps rows that are used together together (a leading dimension that is a power of two would fight for few cache
-// sets), and transposes row-major activations on the way.
+// no fresh pages are touched. Packing makes every row of a panel whole, aligned vectors whatever the strides and the
+// batch size (tails are zero), keeps rows that are used together together (a leading dimension that is a power of two
+// would fight for few cache sets), and transposes row-major activations on the way.
 #pragma once
 
 #include <algorithm>
