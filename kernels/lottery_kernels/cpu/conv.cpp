@@ -28,20 +28,28 @@ Image<S> written(Tensor& y) {
 
 template <class S>
 Pass<S> forward_pass(const ConvWeight& weight, const Image<const S>& x) {
-  return {weight.down.forward(), weight.across.forward(), weight.in_channels(), weight.out_channels(), weight.c,
-          weight.r, weight.rows, x};
+  const Axis down = weight.down.forward(), across = weight.across.forward();
+  Pass<S> pass(down, across, {weight.in_channels(), weight.c}, {weight.out_channels(), weight.r}, x);
+  pass.add_phase(down, across, weight.rows);
+  return pass;
 }
 
 template <class S>
-Pass<S> backward_pass(const ConvWeight& weight, const Image<const S>& dy, int64_t phase_down, int64_t phase_across) {
-  return {weight.down.backward(phase_down), weight.across.backward(phase_across), weight.out_channels(),
-          weight.in_channels(), weight.r, weight.c, weight.columns, dy};
+Pass<S> backward_pass(const ConvWeight& weight, const Image<const S>& dy) {
+  Pass<S> pass(weight.down.backward(), weight.across.backward(), {weight.out_channels(), weight.r},
+               {weight.in_channels(), weight.c}, dy);
+  for (int64_t i = 0; i < weight.down.stride; ++i)
+    for (int64_t j = 0; j < weight.across.stride; ++j)
+      pass.add_phase(weight.down.backward(i), weight.across.backward(j), weight.columns);
+  return pass;
 }
 
 template <class S>
 void forward(const Image<const S>& x, const S* values, const S* bias, const ConvWeight& weight, const Image<S>& y) {
   const Pass<S> pass = forward_pass<S>(weight, x);
-  const LineSums<S> sums(pass.gather, values, weight.forward(), pass.window.plane);
+  const Phase& phase = pass.phases[0];
+  const Gather& gather = phase.gather;
+  const LineSums<S> sums(gather, values, weight.forward(), pass.window.plane);
   const int64_t cost = std::max<int64_t>(1, total_cost(weight.rows)), work = cost * pass.tiles.count();
   in_shares(work * pass.tiling.rows * pass.tiling.cols * pass.tiling.vectors, [&](int64_t i, int64_t n) {
     SourcePanel<S> panel = pass.panel();
@@ -51,13 +59,13 @@ void forward(const Image<const S>& x, const S* values, const S* bias, const Conv
       panel.pack(tile);
       const int64_t last = line_at(weight.rows, std::min(end - p * cost, cost));
       for (int64_t line = line_at(weight.rows, begin - p * cost); line < last; ++line) {
-        const LineChannels channels(pass.target_channels, weight.r, line);
+        const LineChannels channels(pass.targets, line);
         for (int64_t t = tile.row; t < tile.row_end; ++t) {
-          const auto [from, to] = pass.inside[t];
+          const auto [from, to] = phase.inside[t];
           sums.run(
-              pass.gather.begin(line, from), pass.gather.begin(line, to), panel.row(t), pass.run(tile), channels.count,
+              gather.begin(line, from), gather.begin(line, to), panel.row(t), pass.run(tile), channels.count,
               [&](int64_t out) { return bias ? bias[channels.first + out] : S(0); },
-              [&](int64_t out) { return pass.target(y, channels.first + out, t, tile); });
+              [&](int64_t out) { return pass.target(phase, y, channels.first + out, t, tile); });
         }
       }
     }
@@ -68,36 +76,40 @@ void forward(const Image<const S>& x, const S* values, const S* bias, const Conv
 // Sums of tiles are added up in this many parts, whatever the number of threads.
 constexpr int64_t kParts = 4;
 
+// dvalues = the sum of all parts of dots, [parts, phases, live blocks of the phase].
 template <class S>
-void backward_phase(const Pass<S>& pass, const ConvWeight& weight, const Image<const S>& x, const S* values,
-                    const ConvGradients<S>& wanted) {
+void add_parts(const Pass<S>& pass, const std::vector<S>& dots, int64_t parts, int64_t size, S* dvalues) {
+  const S* of_phase = dots.data();
+  const int64_t stride = int64_t(dots.size()) / parts;
+  for (const Phase& phase : pass.phases) {
+    for (int64_t k = 0; k < phase.gather.nnz(); ++k) {
+      S* to = dvalues + phase.gather.position[k] * size;
+      for (int64_t i = 0; i < size; ++i) {
+        S sum = of_phase[k * size + i];
+        for (int64_t part = 1; part < parts; ++part) sum += of_phase[part * stride + k * size + i];
+        to[i] = sum;
+      }
+    }
+    of_phase += phase.gather.nnz() * size;
+  }
+}
+
+template <class S>
+void backward(const Pass<S>& pass, const ConvWeight& weight, const Image<const S>& x, const S* values,
+              const ConvGradients<S>& wanted) {
   const int64_t tiles = pass.tiles.count(), parts = std::min(tiles, kParts), size = weight.r * weight.c;
-  const int64_t nnz = pass.gather.nnz();
-  const int64_t ranges = (at::get_num_threads() + parts - 1) / parts;
-  const Entries lines = pass.gather.entries();
-  std::vector<S> dots(wanted.dvalues ? parts * nnz * size : 0);
-  // a line's entries lie at every taps_down-th pointer
-  std::vector<int32_t> ptr(lines.lines + 1);
-  for (int64_t line = 0; line <= lines.lines; ++line) ptr[line] = int32_t(pass.gather.begin(line));
-  const Entries whole{ptr.data(), nullptr, nullptr, lines.lines};
-  const int64_t cost = total_cost(whole);
+  const int64_t ranges = (at::get_num_threads() + parts - 1) / parts, cost = total_cost(weight.columns);
+  const int64_t count = wanted.dvalues ? weight.nnz() * size : 0;
+  std::vector<S> dots(parts * count);
   at::parallel_for(0, parts * ranges, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t part = item / ranges, range = item % ranges;
-      BackwardShare<S>(pass, weight, x, values, wanted, dots.data() + (wanted.dvalues ? part * nnz * size : 0))
-          .run(tiles * part / parts, tiles * (part + 1) / parts, line_at(whole, cost * range / ranges),
-               line_at(whole, cost * (range + 1) / ranges));
+      BackwardShare<S>(pass, weight, x, values, wanted, dots.data() + part * count)
+          .run(tiles * part / parts, tiles * (part + 1) / parts, line_at(weight.columns, cost * range / ranges),
+               line_at(weight.columns, cost * (range + 1) / ranges));
     }
   });
-  if (!wanted.dvalues) return;
-  for (int64_t k = 0; k < nnz; ++k) {
-    S* to = wanted.dvalues + pass.gather.position[k] * size;
-    for (int64_t i = 0; i < size; ++i) {
-      S sum = dots[k * size + i];
-      for (int64_t part = 1; part < parts; ++part) sum += dots[(part * nnz + k) * size + i];
-      to[i] = sum;
-    }
-  }
+  if (wanted.dvalues) add_parts(pass, dots, parts, size, wanted.dvalues);
 }
 
 // dx and dvalues, where defined, in one pass over dy.
@@ -113,11 +125,7 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& values, const Con
     const ConvGradients<S> wanted{dx.defined() ? written<S>(dx) : Image<S>{},
                                   dvalues.defined() ? dvalues.mutable_data_ptr<S>() : nullptr};
     const S* w = dx.defined() ? values.const_data_ptr<S>() : nullptr;
-    for (int64_t i = 0; i < weight.down.stride; ++i)
-      for (int64_t j = 0; j < weight.across.stride; ++j) {
-        const Pass<S> pass = backward_pass<S>(weight, read<S>(dy), i, j);
-        backward_phase<S>(pass, weight, x_image, w, wanted);
-      }
+    backward<S>(backward_pass<S>(weight, read<S>(dy)), weight, x_image, w, wanted);
   });
 }
 
