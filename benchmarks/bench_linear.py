@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import Times, in_turns
-from lottery_kernels import SparseLinear, sparsify
+from lottery_kernels import SparseLinear, operators, sparsify
 
 BLOCKS = [(1, 1), (4, 4), (8, 8), (16, 16)]
 # (in, out, batch, first): a first layer reads rows of a data set and owes nobody a gradient of them
@@ -287,13 +287,41 @@ def test_parts_of_a_step(tables, name):
         tables.add("Parts of a training step, µs", net=title, **row, sum=f"{sum(parts.values()):.0f}")
 
 
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block[0]}x{block[1]}")
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}-{shape[1]}-b{shape[2]}")
+def test_parts_of_a_layer(tables, shape, block):
+    """Where the time of one layer goes: its two operators alone, without autograd, and all the rest, beside what an
+    `nn.Linear` of 8→8 costs in the same way: the floor that PyTorch's own cost sets."""
+    problem = Problem(*shape, 0.036, block)
+    layer = SparseLinear.from_dense(problem.linear, problem.mask, block)
+    whole = problem.step(layer, batch_innermost=True)
+    problem.check(layer, whole)
+    x, dy = whole.x.detach(), problem.dy.T.contiguous().T  # type: ignore[attr-defined]
+    values, bias, where = layer.values.detach(), layer.bias.detach(), (layer.pattern.index, layer.pattern.weight_shape)
+    wanted = [not problem.first, True, True]
+    times = in_turns(
+        {
+            "forward": lambda: operators.linear(x, values, bias, *where),
+            "backward": lambda: torch.ops.lottery_kernels.linear_backward(dy, x, values, *where, wanted),
+            "whole": whole,
+            "nn.Linear 8→8": Problem(8, 8, shape[2], problem.first, 1.0).step(nn.Linear(8, 8)),
+        }
+    )
+    row = {name: f"{kept.median * 1e6:.0f}" for name, kept in times.items()}
+    name = f"{shape[0]}→{shape[1]}, batch {shape[2]}"
+    tables.add("Parts of a layer at 3.6 %, µs", layer=name, block=f"{block[0]}×{block[1]}", **row)
+
+
 def allocated(layer: SparseLinear, batch: int) -> dict[str, int]:
     """Bytes by purpose: what training a sparse layer keeps, and what its kernels use while they run."""
     values = layer.values.numel() * layer.values.element_size()
     threads, lanes = torch.get_num_threads(), {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
-    panels = threads * 4 * lanes * max(layer.in_features, layer.out_features) * 4
+    width = 4 * lanes  # batch entries of a panel
+    panels = threads * width * max(layer.in_features, layer.out_features) * 4
+    parts = 2 if -(-batch // width) % 2 == 0 else 1  # of the batch, whose sums are added in the end
+    sums = (parts if layer.block == (1, 1) else parts - 1) * values
     index = sum(array.numel() * array.element_size() for array in layer.pattern.index)
-    return {"values": values, "gradient": values, "Adam": 2 * values, "index": index, "workspace": panels + values}
+    return {"values": values, "gradient": values, "Adam": 2 * values, "index": index, "workspace": panels + sums}
 
 
 @pytest.mark.parametrize("block", [(1, 1), (16, 16)], ids=lambda block: f"{block[0]}x{block[1]}")

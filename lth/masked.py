@@ -15,7 +15,7 @@ from lth.prune import Block, Layer
 
 DENSE = "dense masked"
 REASONS = {"sparse": "asked for", "dense": "asked for", "auto": "measured"}
-EXEMPT = "nothing of it is pruned; a training step was faster with it sparse than dense between sparse layers"
+EXEMPT = "nothing of it is pruned, but a training step was faster with it in the layout of sparse layers"
 
 
 def check_maskable(model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -58,27 +58,32 @@ def choose_kernels(
 
 
 def mask_as_chosen(model: nn.Module, masks: Mapping[str, Tensor], kernels: Mapping[str, Any]) -> nn.Module:
-    """Masks a plain model as an earlier choice says; in round 0 nothing is masked."""
+    """Masks a plain model as an earlier choice says; in round 0 nothing is masked. A layer with a choice but no mask
+    gets one that keeps all."""
+    if not kernels["choices"]:
+        return model
     exempt = kernels["choices"].keys() - masks.keys()
     full = {name: torch.ones_like(model.get_parameter(f"{name}.weight"), dtype=torch.bool) for name in exempt}
-    return lottery_kernels.sparsify(model, {**masks, **full}, when=kernels["choices"]) if kernels["choices"] else model
+    return lottery_kernels.sparsify(model, {**masks, **full}, when=kernels["choices"])
 
 
 def with_exempt(kernels: Mapping[str, Any], model: nn.Module, block: Block) -> dict[str, Any] | None:
-    """The same choice, and linear layers on the CPU that are not to be pruned run sparse too, under masks that keep all:
-    between sparse layers a dense one has activations transposed before and behind it. None where there is no such layer
-    of the plain model, or it cannot be masked."""
+    """The same choice, and the plain model's linear layers on the CPU that are not pruned run sparse too, under masks
+    that keep all: beside sparse layers a dense one has activations transposed before and behind it. None where there is
+    no such layer, or one of them cannot be masked."""
     exempt = {
         name: torch.ones_like(layer.weight, dtype=torch.bool)
         for name, layer in model.named_modules()
         if type(layer) is nn.Linear and name not in kernels["choices"] and layer.weight.is_cpu
     }
+    if not exempt:
+        return None
     try:
         lottery_kernels.sparsify(model, exempt, block, "always")
     except (TypeError, ValueError):
         return None
     choices = {name: {**choice, "reason": EXEMPT} for name, choice in lottery_kernels.choices(model).items()}
-    return {**kernels, "choices": {**kernels["choices"], **choices}} if choices else None
+    return {**kernels, "choices": {**kernels["choices"], **choices}}
 
 
 def densely(kernels: Mapping[str, Any], reason: str) -> dict[str, Any]:

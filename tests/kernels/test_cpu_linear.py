@@ -70,7 +70,7 @@ class Case:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("batch", [0, 1, 17, 60, 128, 130])
+@pytest.mark.parametrize("batch", [0, 1, 17, 60, 128, 130, 280])
 def test_outputs_and_gradients_equal_dense_masked(batch, block):
     Case(batch=batch, block=block).check()
 
@@ -128,7 +128,7 @@ def test_all_gradients_at_once_have_gradients_themselves(block):
 
 
 @pytest.mark.parametrize("block", [(1, 1), (4, 4), (16, 16)])
-@pytest.mark.parametrize("batch", [5, 60, 200])
+@pytest.mark.parametrize("batch", [5, 60, 200, 570])
 def test_same_bits_for_any_number_of_threads(threads, block, batch):
     case = Case(300, 400, batch, block, dtype=torch.float32)
     results = []

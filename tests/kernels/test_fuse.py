@@ -57,7 +57,7 @@ def runs_fused(model: nn.Module, x: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("last_relu", [False, True])
-@pytest.mark.parametrize("batch", [0, 1, 17, 60, 130])
+@pytest.mark.parametrize("batch", [0, 1, 17, 60, 128, 130, 280])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_same_bits_as_one_by_one(block, batch, last_relu):
     model = mlp(block, last_relu=last_relu)
@@ -136,7 +136,7 @@ def test_gradients_of_any_order(block):
 
 
 @pytest.mark.parametrize("block", [(1, 1), (16, 16)])
-@pytest.mark.parametrize("batch", [5, 60, 200])
+@pytest.mark.parametrize("batch", [5, 60, 200, 570])
 def test_same_bits_for_any_number_of_threads(threads, block, batch):
     model = mlp(block, 0.2, True, torch.float32, (300, 400, 200, 50))
     x, dy = torch.randn(batch, 300), torch.randn(batch, 50)

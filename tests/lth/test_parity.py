@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lottery_kernels import SparseLinear
 from lth import masked
 from lth.events import Observer
 from lth.prune import Block
@@ -111,3 +112,53 @@ def test_branches_run_on_the_kernels_of_their_ticket() -> None:
     assert kernels[0] == kernels[1] == kernels[2]
     assert found[1].result["timing"]["sampled"]["speedup"] > 0
     assert found.at(1, "reinit").result["timing"]["sampled"] is None
+
+
+@pytest.mark.parametrize("speedup", [2.0, 0.5])
+def test_an_exempt_layer_runs_sparse_under_a_full_mask_where_a_step_is_faster_so(
+    tmp_path: Any, speedup: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+
+    def timed(*sides: Callable[[], Any]) -> dict[str, Any]:
+        """A round compares first with and without the exempt layer sparse, then sparse with dense masked."""
+        for side in sides:
+            side()
+        steps.append(sides)
+        gain = speedup if len(steps) % 2 else 2.0
+        return {"sparse_ms": 1.0, "dense_ms": gain, "speedup": gain, "spread": [gain, gain]}
+
+    search: dict[str, Any] = {"rate": {"0": 0.3, "2": 0.3}, "block": (4, 3), "rounds": 2, "iterations": 60}
+    search["model"] = lambda: nn.Sequential(
+        *(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 3))
+    )
+    dense = tiny.search(kernels="dense", **search)
+    monkeypatch.setattr("lth.driver.side_by_side", timed)
+    real = masked.choose_kernels
+    monkeypatch.setattr("lth.driver.choose_kernels", lambda *arguments: real(*arguments[:3], "sparse", None))
+    found = tiny.search(kernels="auto", out=tmp_path, **search)
+    assert len(steps) == 4
+    for ticket, peer in zip(found, dense, strict=True):
+        assert ticket.masks.keys() == ticket.result["layers"].keys() == {"0", "2"}
+        assert ticket.result["density"] == peer.result["density"]
+        for name, weight in peer.trained.items():
+            torch.testing.assert_close(ticket.trained[name], weight, rtol=1e-4, atol=1e-5)
+    chosen = found[2].result["kernels"]
+    assert chosen["layers"] == dict.fromkeys(("0", "2"), "sparse 4x3")
+    assert chosen["choices"].keys() == ({"0", "2", "4"} if speedup > 1 else {"0", "2"})
+    planted = found[2].plant(search["model"]())
+    assert isinstance(planted[4], SparseLinear if speedup > 1 else nn.Linear)
+    assert torch.equal(planted[4].weight, found[2].weights["4.weight"])
+    (tmp_path / "replicate-0/round-02/result.json").unlink()
+    resumed = tiny.search(kernels="auto", out=tmp_path, resume=True, **search)
+    assert len(steps) == 4
+    assert all(torch.equal(resumed[2].trained[name], weight) for name, weight in found[2].trained.items())
+
+
+def test_only_linear_layers_that_can_be_masked_are_offered_a_full_mask() -> None:
+    kernels = {"layers": {"0": "sparse 1x1"}, "choices": {"0": {"kernel": "sparse", "block": [1, 1], "reason": ""}}}
+    tied = tiny.network(hidden=12, classes=12)
+    tied[4].weight = tied[0].weight
+    assert masked.with_exempt(kernels, tied, (1, 1)) is None
+    assert masked.with_exempt(kernels, nn.Sequential(nn.Linear(3, 2)), (1, 1)) is None
+    assert masked.with_exempt(kernels, tiny.network(), (1, 1))["choices"].keys() == {"0", "4"}

@@ -60,7 +60,7 @@ struct BackwardPass {
     return {dy, weight.rows.lines * weight.r, y};
   }
 
-  // Adds all parts up, and puts the gradients of single weights [k0, k1) where they belong.
+  // Adds the parts up, and puts the gradients of single weights where they belong.
   void finish(int64_t parts) const {
     if (wanted.dbias && parts == 2)
       for (int64_t f = 0; f < weight.out; ++f) wanted.dbias[f] += bias_sums(1)[f];

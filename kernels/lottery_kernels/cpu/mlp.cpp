@@ -80,7 +80,8 @@ std::vector<Layer> checked(const Tensor& x, const Layers& layers) {
   return found;
 }
 
-// Width of the panels that all layers share, in vectors.
+// Width of the panels that all layers share, in vectors. A layer that alone would take wider ones sums in another order
+// here: its gradients differ by rounding.
 template <class S>
 int shared_width(const std::vector<Layer>& layers, int64_t batch) {
   int64_t features = 0;
