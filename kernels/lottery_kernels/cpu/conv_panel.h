@@ -94,26 +94,24 @@ class SourcePanel {
   }
 
   void pack_row(const S* from, const Tile& tile, S* to) const {
-    const int64_t left = across_.walk * tile.col + window_.lowest_col;
-    const int64_t count = std::min(chunk_, x_.batch - tile.n0), slots = window_.slots;
-    for (int64_t phase = 0; phase < window_.phases; ++phase) {
-      if (!used_phases_[phase]) continue;
-      S* run = to + phase * window_.slots * chunk_;
+    const int64_t left = across_.walk * tile.col + window_.lowest_col, count = std::min(chunk_, x_.batch - tile.n0);
+    const int64_t phases = window_.phases, slots = window_.slots;
+    if (phases == 1 && count == x_.batch && count == chunk_) {
       // slots [first, last) lie inside the image
-      const int64_t walk = across_.walk, start = left + phase;
-      const int64_t first = std::clamp<int64_t>(start < 0 ? (-start + walk - 1) / walk : 0, 0, slots);
-      const int64_t inside = start < x_.width ? (x_.width - start + walk - 1) / walk : 0;
-      const int64_t last = std::clamp<int64_t>(inside, first, slots);
-      std::memset(run, 0, first * chunk_ * sizeof(S));
-      const S* source = from + (start + first * walk) * x_.batch + tile.n0;
-      if (walk == 1 && count == x_.batch && count == chunk_) {
-        std::memcpy(run + first * chunk_, source, (last - first) * chunk_ * sizeof(S));
-      } else {
-        for (int64_t slot = first; slot < last; ++slot, source += walk * x_.batch)
-          pack_chunk(source, count, run + slot * chunk_);
-      }
-      std::memset(run + last * chunk_, 0, (slots - last) * chunk_ * sizeof(S));
+      const int64_t first = std::clamp<int64_t>(-left, 0, slots);
+      const int64_t last = std::clamp<int64_t>(x_.width - left, first, slots);
+      std::memset(to, 0, first * chunk_ * sizeof(S));
+      std::memcpy(to + first * chunk_, from + (left + first) * count, (last - first) * chunk_ * sizeof(S));
+      std::memset(to + last * chunk_, 0, (slots - last) * chunk_ * sizeof(S));
+      return;
     }
+    for (int64_t slot = 0, col = left; slot < slots; ++slot)
+      for (int64_t phase = 0; phase < phases; ++phase, ++col) {
+        if (!used_phases_[phase]) continue;
+        S* chunk = to + (phase * slots + slot) * chunk_;
+        if (col >= 0 && col < x_.width) pack_chunk(from + col * x_.batch + tile.n0, count, chunk);
+        else std::memset(chunk, 0, chunk_ * sizeof(S));
+      }
   }
 
   void pack_chunk(const S* from, int64_t count, S* to) const {

@@ -32,7 +32,7 @@ struct LineChannels {
 inline double packing_cost(const Axis& down, const Window& window, const Tiling& tiling) {
   const double row = double(window.phases * window.slots) / tiling.cols;
   const double kept = std::max<int64_t>(0, window.rows - tiling.rows * down.walk);
-  return row * (down.walk * (1 + 2. / tiling.vectors) + 0.5 * kept / tiling.rows);
+  return row * (down.walk * (1 + 1.25 / tiling.vectors) + 0.5 * kept / tiling.rows);
 }
 
 // The cheapest tiles whose panel fits the second-level cache and whose runs fill the registers.
