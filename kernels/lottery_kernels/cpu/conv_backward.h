@@ -14,6 +14,7 @@ template <class S>
 struct ConvGradients {
   Image<S> dx;
   S* dvalues;
+  S* dbias;
 };
 
 // One share of the backward pass of one phase: some tiles, the block columns [begin, end).
@@ -22,16 +23,17 @@ class BackwardShare {
   static constexpr int L = kLanes<S>;
 
  public:
-  // dots: gradients of the values, added to, in the order of the gather
+  // dots: gradients of the values, added to, in the order of the gather; bias_sums: null, or [channels of dy], added to
   BackwardShare(const Pass<S>& pass, const ConvWeight& weight, const Image<const S>& x, const S* values,
-                const ConvGradients<S>& wanted, S* dots)
-      : pass_(pass), weight_(weight), x_(x), values_(values), wanted_(wanted), dots_(dots),
+                const ConvGradients<S>& wanted, S* dots, double* bias_sums)
+      : pass_(pass), weight_(weight), x_(x), values_(values), wanted_(wanted), dots_(dots), bias_sums_(bias_sums),
         sums_(pass.gather, values, weight.transposed(), pass.window.plane), panel_(pass.panel()) {}
 
   void run(int64_t first_tile, int64_t last_tile, int64_t begin, int64_t end) {
     for (int64_t p = first_tile; p < last_tile; ++p) {
       tile_ = pass_.tiles[p];
       if (pass_.gather.nnz() > 0) panel_.pack(tile_);
+      if (bias_sums_) panel_.add_up(bias_sums_);
       for (int64_t line = begin; line < end; ++line) {
         if (weight_.single() && wanted_.dvalues) single(line);
         else block(line);
@@ -131,6 +133,7 @@ class BackwardShare {
   const S* values_;
   const ConvGradients<S>& wanted_;
   S* dots_;
+  double* bias_sums_;
   LineSums<S> sums_;
   SourcePanel<S> panel_;
   Tile tile_{};

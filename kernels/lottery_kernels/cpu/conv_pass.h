@@ -61,7 +61,7 @@ struct Pass {
   Axis down, across;
   ChannelGroups source_channels, target_channels;
   int64_t source_depth, target_depth;  // channels of a block
-  Image<const S> source;
+  Image<const S> source, relu;  // relu: null, or the output of a ReLU behind which `source` is the gradient
   Tiling tiling;
   Tiles tiles;
   Window window;
@@ -71,9 +71,9 @@ struct Pass {
 
   Pass(const Axis& down, const Axis& across, const ChannelGroups& source_channels,
        const ChannelGroups& target_channels, int64_t source_depth, int64_t target_depth, const Entries& entries,
-       const Image<const S>& source)
+       const Image<const S>& source, const Image<const S>& relu = {})
       : down(down), across(across), source_channels(source_channels), target_channels(target_channels),
-        source_depth(source_depth), target_depth(target_depth), source(source),
+        source_depth(source_depth), target_depth(target_depth), source(source), relu(relu),
         tiling(choose_tiling(down, across, source_channels.padded_total(), source.batch, kLanes<S>, sizeof(S))),
         tiles{tiling, tiling.vectors * kLanes<S>, down.targets, across.targets, source.batch},
         window(down, across, tiling, kLanes<S>),
@@ -83,7 +83,7 @@ struct Pass {
     for (int64_t t = 0; t < down.targets; ++t) inside.push_back(down.inside(t));
   }
 
-  SourcePanel<S> panel() const { return {source, source_channels, down, across, window, tiles}; }
+  SourcePanel<S> panel() const { return {source, relu, source_channels, down, across, window, tiles}; }
 
   template <class T>
   TargetRow<T> target(const Image<T>& image, int64_t channel, int64_t t, const Tile& tile) const {
