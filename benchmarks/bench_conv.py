@@ -1,12 +1,13 @@
 """Sparse convolutions on the CPU beside dense masked PyTorch, forward and backward of one layer.
 
-    pytest benchmarks/bench_conv.py [--results FILE] [-k "64-64 and 1x1"]
+    pytest benchmarks/bench_conv.py [--results FILE] [-k "layer and 64-64 and 1x1" | density]
 
 Every figure stands beside a parity check against fp64 in the same run. Dense masked is weight × mask, then `F.conv2d`,
 with activations and weights as NCHW and as channels_last; the faster of the two is what a speed-up is over. The sparse
 layer gets activations in the layout that its neighbours hand over, batch innermost; what it costs to enter that layout
-from NCHW stands beside. SparseProp (ICML 2023), the best published sparse training on a CPU, runs too where it is
-installed, in the better of its two forms.
+from NCHW stands beside, and its floor: the time to read x and write y, then to read x and dy and write dx, with nothing
+computed. SparseProp (ICML 2023), the best published sparse training on a CPU, runs too where it is installed, in the
+better of its two forms.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Times, in_turns
 from lottery_kernels import SparseConv2d
+from lottery_kernels.cpu import build
 
 BATCH = 64
 BLOCKS = [(1, 1), (4, 4), (8, 8)]
@@ -35,6 +38,12 @@ SHAPES = [
     (256, 256, 16, 1, 1),
     (256, 512, 8, 1, 2),
 ]
+SWEEP = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traffic_is_there() -> None:
+    torch.ops.load_library(build.library(Path(__file__).parent / "traffic"))
 
 
 @pytest.fixture(autouse=True)
@@ -130,19 +139,33 @@ class Problem:
         assert x.grad is not None and layer.weight.grad is not None
         return [y.detach(), x.grad, sparse.pattern.pack(layer.weight.grad)]
 
-    def steps(self) -> dict[str, Callable[[], Tensor]]:
+    def traffic(self, y: Tensor, dx: Tensor) -> Callable[[], None]:
+        """What no forward and backward can do without: reads of x and dy, writes of y and dx."""
+        x, dy = batch_innermost(self.x), batch_innermost(self.dy)
+        read = min(1, self.kernel / self.stride) ** 2  # a stride past the kernel leaves sources out
+        x, dy, y, dx = (t.permute(1, 2, 3, 0).flatten() for t in (x, dy, y, dx))
+        x = x[: round(read * x.numel())]
+
+        def stream() -> None:
+            torch.ops.lottery_benchmarks.traffic([x], [y])
+            torch.ops.lottery_benchmarks.traffic([x, dy], [dx])
+
+        return stream
+
+    def steps(self) -> dict[str, Callable[[], object]]:
         """All contestants; parity of ours is checked first."""
         sparse = SparseConv2d.from_dense(self.conv, self.mask, self.block)
         ours = self.step(sparse, batch_innermost)
         self.check(sparse, ours)
         last = torch.channels_last
-        steps = {
+        steps: dict[str, Callable[[], object]] = {
             "sparse": ours,
             "NCHW": self.step(DenseMasked.of(self.conv, self.mask)),
             "channels_last": self.step(
                 DenseMasked.of(self.conv, self.mask).to(memory_format=last), lambda t: t.clone(memory_format=last)
             ),
             "enter": lambda: batch_innermost(self.x),
+            "floor": self.traffic(ours().detach(), ours.x.grad),  # type: ignore[attr-defined]
         }
         if importlib.util.find_spec("sparseprop") and self.block == (1, 1):
             for form in (False, True):
@@ -155,6 +178,11 @@ def _sparseprop(conv: nn.Conv2d, mask: Tensor, form: bool) -> nn.Module:
 
     size = {"padding": conv.padding[0], "stride": conv.stride[0]}
     return SparsePropConv2d(conv.weight.detach() * mask, **size, vectorizing_over_on=form)
+
+
+def title_of(shape: tuple[int, int, int, int, int]) -> str:
+    inputs, out, image, kernel, stride = shape
+    return f"{inputs}→{out}, {kernel}×{kernel}" + (f" stride {stride}" if stride > 1 else "") + f", {image}×{image}"
 
 
 def fastest(times: dict[str, Times], *names: str) -> Times:
@@ -174,13 +202,32 @@ def test_layer(benchmark, tables, shape, density, block):
         "sparse, ms": f"{sparse.median * 1e3:.3g}",
         "GFLOP/s": f"{problem.flops / sparse.median / 1e9:.0f}",
         "speed-up": str(sparse.speedup_over(dense)),
+        "floor, ms": f"{times['floor'].median * 1e3:.3g}",
         "entering, ms": f"{times['enter'].median * 1e3:.3g}",
     }
     if "SparseProp True" in times:
         row["SparseProp"] = str(fastest(times, "SparseProp True", "SparseProp False").speedup_over(dense))
-    inputs, out, image, kernel, stride = shape
-    name = f"{inputs}→{out}, {kernel}×{kernel}" + (f" stride {stride}" if stride > 1 else "") + f", {image}×{image}"
+    name = title_of(shape)
     title = f"Forward and backward of one layer, fp32, batch {BATCH}"
     tables.add(title, layer=name, remaining=f"{density:.1%}", block=f"{block[0]}×{block[1]}", **row)
     benchmark.extra_info.update(row)
     benchmark.pedantic(steps["sparse"], rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block[0]}x{block[1]}")
+def test_density(benchmark, tables, block):
+    """Speed-ups by density, and below which density every layer gains 1.2 times: what crossover.json holds."""
+    below = {density: True for density in SWEEP}
+    for shape in SHAPES:
+        row = {}
+        for density in SWEEP:
+            steps = Problem(*shape, density, block).steps()
+            times = in_turns({name: steps[name] for name in ("sparse", "NCHW", "channels_last")}, seconds=0.3)
+            speedup = times["sparse"].speedup_over(fastest(times, "NCHW", "channels_last"))
+            row[f"{density:.0%}"] = f"{speedup.median:.2f}×"
+            below[density] &= speedup.median >= 1.2
+        tables.add(f"By density: speed-up with blocks of {block[0]}×{block[1]}", layer=title_of(shape), **row)
+    row = {"faster by 1.2 from": next((f"{density:.0%}" for density in SWEEP if below[density]), "never")}
+    tables.add("Overtaking", block=f"{block[0]}×{block[1]}", **row)
+    benchmark.extra_info.update(row)
+    benchmark.pedantic(steps["sparse"], rounds=3, warmup_rounds=1)

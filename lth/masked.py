@@ -15,6 +15,7 @@ from lth.prune import Block, Layer
 
 DENSE = "dense masked"
 REASONS = {"sparse": "asked for", "dense": "asked for", "auto": "measured"}
+EXEMPT = "nothing of it is pruned; a training step was faster with it sparse than dense between sparse layers"
 
 
 def check_maskable(model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -58,12 +59,31 @@ def choose_kernels(
 
 def mask_as_chosen(model: nn.Module, masks: Mapping[str, Tensor], kernels: Mapping[str, Any]) -> nn.Module:
     """Masks a plain model as an earlier choice says; in round 0 nothing is masked."""
-    return lottery_kernels.sparsify(model, masks, when=kernels["choices"]) if kernels["choices"] else model
+    exempt = kernels["choices"].keys() - masks.keys()
+    full = {name: torch.ones_like(model.get_parameter(f"{name}.weight"), dtype=torch.bool) for name in exempt}
+    return lottery_kernels.sparsify(model, {**masks, **full}, when=kernels["choices"]) if kernels["choices"] else model
+
+
+def with_exempt(kernels: Mapping[str, Any], model: nn.Module, block: Block) -> dict[str, Any] | None:
+    """The same choice, and linear layers on the CPU that are not to be pruned run sparse too, under masks that keep all:
+    between sparse layers a dense one has activations transposed before and behind it. None where there is no such layer
+    of the plain model, or it cannot be masked."""
+    exempt = {
+        name: torch.ones_like(layer.weight, dtype=torch.bool)
+        for name, layer in model.named_modules()
+        if type(layer) is nn.Linear and name not in kernels["choices"] and layer.weight.is_cpu
+    }
+    try:
+        lottery_kernels.sparsify(model, exempt, block, "always")
+    except (TypeError, ValueError):
+        return None
+    choices = {name: {**choice, "reason": EXEMPT} for name, choice in lottery_kernels.choices(model).items()}
+    return {**kernels, "choices": {**kernels["choices"], **choices}} if choices else None
 
 
 def densely(kernels: Mapping[str, Any], reason: str) -> dict[str, Any]:
-    """The same layers, all of them dense masked: what sparse is compared with."""
-    choices = {name: {**choice, "kernel": "dense", "reason": reason} for name, choice in kernels["choices"].items()}
+    """The same pruned layers, all of them dense masked: what sparse is compared with."""
+    choices = {name: {**kernels["choices"][name], "kernel": "dense", "reason": reason} for name in kernels["layers"]}
     return {"layers": dict.fromkeys(choices, DENSE), "reason": reason, "choices": choices}
 
 

@@ -3,7 +3,8 @@
 The CPU kernels return images `[N, C, H, W]` that lie in memory as `[C, H, W, N]`, and take such without a transpose.
 Elementwise operations, dropout, additions and flatten keep that layout. torch's BatchNorm and pooling do not, they
 convert; but they run natively on a permuted view: BatchNorm on `[1, C, H·W, N]`, contiguous, pooling on `[C, N, H, W]`,
-which is then channels_last. The classes here do that, or call kernels of this package. Inputs in any other layout go the usual way.
+which is then channels_last. The classes here do that, or call kernels of this package. Inputs in any other layout go
+the usual way.
 """
 
 from __future__ import annotations

@@ -28,12 +28,12 @@ GEOMETRIES = {
 }
 
 
-def net(geometry="3×3", block=(1, 1), density=0.4, bias=True, dtype=torch.float64, channels=(4, 6, 8)) -> FusedSequential:
+def net(geometry="3×3", block=(1, 1), density=0.4, dtype=torch.float64, channels=(4, 6, 8)) -> FusedSequential:
     """Two convolutions, ReLU behind each."""
     layers: list[nn.Module] = []
     first, middle, last = channels
     for inputs, out in ((first, middle), (middle, last)):
-        dense = nn.Conv2d(inputs, out, bias=bias, dtype=dtype, **GEOMETRIES[geometry])
+        dense = nn.Conv2d(inputs, out, dtype=dtype, **GEOMETRIES[geometry])
         mask = torch.rand_like(dense.weight) < density
         layers += [SparseConv2d.from_dense(dense, mask, block), nn.ReLU(inplace=not layers)]
     return FusedSequential(*layers)
@@ -57,7 +57,7 @@ def test_the_same_bits_as_one_by_one(geometry, block, batch):
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_gradients_are_those_of_the_dense_masked_net(geometry):
-    model = net(geometry, bias=True)
+    model = net(geometry)
     x, dy = images(model, 6)
     dense = nn.Sequential(*(layer.to_dense() if isinstance(layer, SparseConv2d) else nn.ReLU() for layer in model))
     ours, theirs = step(model, x, dy), step(dense, x, dy)

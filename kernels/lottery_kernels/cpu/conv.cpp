@@ -28,22 +28,29 @@ Image<S> written(Tensor& y) {
 
 template <class S>
 Pass<S> forward_pass(const ConvWeight& weight, const Image<const S>& x) {
-  return {weight.down.forward(), weight.across.forward(), weight.in_channels(), weight.out_channels(), weight.c,
-          weight.r, weight.rows, x};
+  const Axis down = weight.down.forward(), across = weight.across.forward();
+  Pass<S> pass(down, across, {weight.in_channels(), weight.c}, {weight.out_channels(), weight.r}, x);
+  pass.add_phase(down, across, weight.rows);
+  return pass;
 }
 
 template <class S>
-Pass<S> backward_pass(const ConvWeight& weight, const Image<const S>& dy, const Image<const S>& relu,
-                      int64_t phase_down, int64_t phase_across) {
-  return {weight.down.backward(phase_down), weight.across.backward(phase_across), weight.out_channels(),
-          weight.in_channels(), weight.r, weight.c, weight.columns, dy, relu};
+Pass<S> backward_pass(const ConvWeight& weight, const Image<const S>& dy, const Image<const S>& relu) {
+  Pass<S> pass(weight.down.backward(), weight.across.backward(), {weight.out_channels(), weight.r},
+               {weight.in_channels(), weight.c}, dy, relu);
+  for (int64_t i = 0; i < weight.down.stride; ++i)
+    for (int64_t j = 0; j < weight.across.stride; ++j)
+      pass.add_phase(weight.down.backward(i), weight.across.backward(j), weight.columns);
+  return pass;
 }
 
 template <class S>
 void forward(const Image<const S>& x, const S* values, const S* bias, const ConvWeight& weight, bool with_relu,
              const Image<S>& y) {
   const Pass<S> pass = forward_pass<S>(weight, x);
-  const LineSums<S> sums(pass.gather, values, weight.forward(), pass.window.plane);
+  const Phase& phase = pass.phases[0];
+  const Gather& gather = phase.gather;
+  const LineSums<S> sums(gather, values, weight.forward(), pass.window.plane);
   const int64_t cost = std::max<int64_t>(1, total_cost(weight.rows)), work = cost * pass.tiles.count();
   in_shares(work * pass.tiling.rows * pass.tiling.cols * pass.tiling.vectors, [&](int64_t i, int64_t n) {
     SourcePanel<S> panel = pass.panel();
@@ -53,13 +60,13 @@ void forward(const Image<const S>& x, const S* values, const S* bias, const Conv
       panel.pack(tile);
       const int64_t last = line_at(weight.rows, std::min(end - p * cost, cost));
       for (int64_t line = line_at(weight.rows, begin - p * cost); line < last; ++line) {
-        const LineChannels channels(pass.target_channels, weight.r, line);
+        const LineChannels channels(pass.targets, line);
         for (int64_t t = tile.row; t < tile.row_end; ++t) {
-          const auto [from, to] = pass.inside[t];
+          const auto [from, to] = phase.inside[t];
           sums.run(
-              pass.gather.begin(line, from), pass.gather.begin(line, to), panel.row(t), pass.run(tile), channels.count,
+              gather.begin(line, from), gather.begin(line, to), panel.row(t), pass.run(tile), channels.count,
               [&](int64_t out) { return bias ? bias[channels.first + out] : S(0); },
-              [&](int64_t out) { return pass.target(y, channels.first + out, t, tile).rectified(with_relu); });
+              [&](int64_t out) { return pass.target(phase, y, channels.first + out, t, tile).rectified(with_relu); });
         }
       }
     }
@@ -70,28 +77,40 @@ void forward(const Image<const S>& x, const S* values, const S* bias, const Conv
 // Sums of tiles are added up in this many parts, whatever the number of threads.
 constexpr int64_t kParts = 4;
 
+// dvalues = the sum of all parts of dots, [parts, phases, live blocks of the phase].
 template <class S>
-void backward_phase(const Pass<S>& pass, const ConvWeight& weight, const Image<const S>& x, const S* values,
-                    const ConvGradients<S>& wanted) {
+void add_parts(const Pass<S>& pass, const std::vector<S>& dots, int64_t parts, int64_t size, S* dvalues) {
+  const S* of_phase = dots.data();
+  const int64_t stride = int64_t(dots.size()) / parts;
+  for (const Phase& phase : pass.phases) {
+    for (int64_t k = 0; k < phase.gather.nnz(); ++k) {
+      S* to = dvalues + phase.gather.position[k] * size;
+      for (int64_t i = 0; i < size; ++i) {
+        S sum = of_phase[k * size + i];
+        for (int64_t part = 1; part < parts; ++part) sum += of_phase[part * stride + k * size + i];
+        to[i] = sum;
+      }
+    }
+    of_phase += phase.gather.nnz() * size;
+  }
+}
+
+template <class S>
+void backward(const Pass<S>& pass, const ConvWeight& weight, const Image<const S>& x, const S* values,
+              const ConvGradients<S>& wanted) {
   const int64_t tiles = pass.tiles.count(), parts = std::min(tiles, kParts), size = weight.r * weight.c;
-  const int64_t nnz = pass.gather.nnz();
-  const int64_t ranges = (at::get_num_threads() + parts - 1) / parts;
-  const Entries lines = pass.gather.entries();
-  std::vector<S> dots(wanted.dvalues ? parts * nnz * size : 0);
+  const int64_t ranges = (at::get_num_threads() + parts - 1) / parts, cost = total_cost(weight.columns);
+  const int64_t count = wanted.dvalues ? weight.nnz() * size : 0;
+  std::vector<S> dots(parts * count);
   const int64_t channels = wanted.dbias ? pass.source.channels : 0;
   std::vector<double> bias_sums(parts * channels);
-  // a line's entries lie at every taps_down-th pointer
-  std::vector<int32_t> ptr(lines.lines + 1);
-  for (int64_t line = 0; line <= lines.lines; ++line) ptr[line] = int32_t(pass.gather.begin(line));
-  const Entries whole{ptr.data(), nullptr, nullptr, lines.lines};
-  const int64_t cost = total_cost(whole);
   at::parallel_for(0, parts * ranges, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t part = item / ranges, range = item % ranges;
-      BackwardShare<S>(pass, weight, x, values, wanted, dots.data() + (wanted.dvalues ? part * nnz * size : 0),
-                       channels && range == 0 ? bias_sums.data() + part * channels : nullptr)
-          .run(tiles * part / parts, tiles * (part + 1) / parts, line_at(whole, cost * range / ranges),
-               line_at(whole, cost * (range + 1) / ranges));
+      double* const to_bias = channels && range == 0 ? bias_sums.data() + part * channels : nullptr;
+      BackwardShare<S>(pass, weight, x, values, wanted, dots.data() + part * count, to_bias)
+          .run(tiles * part / parts, tiles * (part + 1) / parts, line_at(weight.columns, cost * range / ranges),
+               line_at(weight.columns, cost * (range + 1) / ranges));
     }
   });
   for (int64_t c = 0; c < channels; ++c) {
@@ -99,25 +118,16 @@ void backward_phase(const Pass<S>& pass, const ConvWeight& weight, const Image<c
     for (int64_t part = 0; part < parts; ++part) sum += bias_sums[part * channels + c];
     wanted.dbias[c] = S(sum);
   }
-  if (!wanted.dvalues) return;
-  for (int64_t k = 0; k < nnz; ++k) {
-    S* to = wanted.dvalues + pass.gather.position[k] * size;
-    for (int64_t i = 0; i < size; ++i) {
-      S sum = dots[k * size + i];
-      for (int64_t part = 1; part < parts; ++part) sum += dots[(part * nnz + k) * size + i];
-      to[i] = sum;
-    }
-  }
+  if (wanted.dvalues) add_parts(pass, dots, parts, size, wanted.dvalues);
 }
 
-// Whether one pass packs every entry of dy: it can then gate it by a ReLU and add it up on the way.
+// Whether a backward pass packs every entry of dy: it can then add them up on the way.
 bool packs_all(const ConvWeight& weight) {
-  return weight.down.stride == 1 && weight.across.stride == 1 && weight.nnz() > 0 && weight.down.backward(0).reads_all() &&
-         weight.across.backward(0).reads_all();
+  return weight.nnz() > 0 && weight.down.backward().reads_all() && weight.across.backward().reads_all();
 }
 
-// dx, dvalues and, if the pass packs all of dy, dbias, where defined, in one pass over dy. `relu`, if defined: the output of
-// a ReLU behind which dy is the gradient.
+// dx, dvalues and dbias (which asks for `packs_all`), where defined, in one pass over dy. relu, where defined: the output
+// of a ReLU behind which dy is the gradient.
 void backward(const Tensor& dy, const Tensor& relu, const Tensor& x, const Tensor& values, const ConvWeight& weight,
               Tensor& dx, Tensor& dvalues, Tensor& dbias) {
   if (dy.numel() == 0) {
@@ -133,11 +143,7 @@ void backward(const Tensor& dy, const Tensor& relu, const Tensor& x, const Tenso
                                   dbias.defined() ? dbias.mutable_data_ptr<S>() : nullptr};
     const Image<const S> relu_image = relu.defined() ? read<S>(relu) : Image<const S>{};
     const S* w = dx.defined() ? values.const_data_ptr<S>() : nullptr;
-    for (int64_t i = 0; i < weight.down.stride; ++i)
-      for (int64_t j = 0; j < weight.across.stride; ++j) {
-        const Pass<S> pass = backward_pass<S>(weight, read<S>(dy), relu_image, i, j);
-        backward_phase<S>(pass, weight, x_image, w, wanted);
-      }
+    backward<S>(backward_pass<S>(weight, read<S>(dy), relu_image), weight, x_image, w, wanted);
   });
 }
 
@@ -210,8 +216,8 @@ Tensor conv2d_wgrad(const Tensor& dy, const Tensor& x, at::TensorList index, at:
   return weight.alive_only(dvalues);
 }
 
-// dx, dvalues and dbias in one pass over dy; what `wanted` leaves out comes back with no elements. With `relu`, the output
-// of a ReLU behind the convolution, dy is the gradient behind that.
+// dx, dvalues and dbias in one pass over dy; what `wanted` leaves out comes back with no elements. With `relu`, the
+// output of a ReLU behind the convolution, dy is the gradient behind that.
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dy, const Tensor& x, const Tensor& values,
                                                    at::TensorList index, at::IntArrayRef weight_shape,
                                                    at::IntArrayRef stride, at::IntArrayRef padding,
@@ -230,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dy, const Tenso
   check_type("x", x, values.scalar_type());
   check_output("dy", dy, weight, x.size(0));
   if (relu) check_type("relu", *relu, values.scalar_type()), check_output("relu", *relu, weight, x.size(0));
-  const bool in_pass = packs_all(weight) && (wanted[0] || wanted[1]);
+  const bool in_pass = (wanted[0] || wanted[1]) && packs_all(weight);
   const Tensor behind = batch_innermost(dy), y = relu ? batch_innermost(*relu) : Tensor();
   const Tensor from = y.defined() && !in_pass ? at::threshold_backward(behind, y, 0) : behind;
   Tensor dx, dvalues, dbias, none;

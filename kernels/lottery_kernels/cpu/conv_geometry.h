@@ -62,6 +62,7 @@ struct AxisGeometry {
     return axis;
   }
 
+  // The targets of one phase.
   Axis backward(int64_t phase) const {
     const int64_t targets = phase < in ? (in - phase + stride - 1) / stride : 0;
     Axis axis{targets, phase, stride, out, 1, std::vector<int64_t>(taps), std::vector<char>(taps)};
@@ -72,9 +73,21 @@ struct AxisGeometry {
     }
     return axis;
   }
+
+  // The targets of all phases: those of the same number share their sources.
+  Axis backward() const {
+    Axis axis{(in + stride - 1) / stride, 0, 1, out, 1, std::vector<int64_t>(taps), std::vector<char>(taps)};
+    for (int64_t phase = 0; phase < stride; ++phase) {
+      const Axis one = backward(phase);
+      for (int64_t tap = 0; tap < taps; ++tap)
+        if (one.targets > 0 && one.taken[tap]) axis.shift[tap] = one.shift[tap], axis.taken[tap] = 1;
+    }
+    return axis;
+  }
 };
 
-// Targets that share one panel of packed sources: `rows` × `cols` positions, `vectors` vectors of batch entries each.
+// Targets that share one panel of packed sources: of each phase `rows` × `cols` positions, `vectors` vectors of batch
+// entries each.
 struct Tiling {
   int64_t rows, cols, vectors;
 };

@@ -86,8 +86,8 @@ class SourcePanel {
     tile_ = tile, begin_ = begin, end_ = std::max(begin, end);
   }
 
-  // Adds to sums[c] the sources in channel c of the tile packed last: over all tiles each source once, if the gather walks
-  // by one and reads every source (`reads_all`).
+  // Adds to sums[c] the sources in channel c of the tile packed last: over all tiles each source once, if the gather
+  // walks by one and reads every source (`reads_all`).
   void add_up(double* sums) const {
     const auto [row, row_end] = own(down_, window_.lowest_row, tile_.row, tile_.row_end);
     const auto [col, col_end] = own(across_, window_.lowest_col, tile_.col, tile_.col_end);
@@ -194,11 +194,17 @@ class TargetRow {
   // batch entries of vector v that exist
   int64_t count(int64_t v) const { return left_ - part(v) * kLanes<S>; }
 
-  Vec<S> get(int64_t v) const {
-    if (count(v) >= kLanes<S>) return load(at(v));
-    S tail[kLanes<S>] = {};
-    if (count(v) > 0) std::memcpy(tail, at(v), count(v) * sizeof(S));
-    return load(tail);
+  // Vectors [0, vectors) to `to`; entries that do not exist are zero.
+  void copy(int64_t vectors, S* to) const {
+    for (int64_t v = 0; v < vectors; ++v, to += kLanes<S>) {
+      if (count(v) >= kLanes<S>) {
+        store(to, load(at(v)));
+      } else {
+        const int64_t existing = std::max<int64_t>(0, count(v));
+        std::memcpy(to, at(v), existing * sizeof(S));
+        std::memset(to + existing, 0, (kLanes<S> - existing) * sizeof(S));
+      }
+    }
   }
 
   void put(int64_t v, Vec<S> value) const {
@@ -206,6 +212,12 @@ class TargetRow {
     if (streams_) stream(at(v), value);
     else if (count(v) >= kLanes<S>) store(at(v), value);
     else if (count(v) > 0) put_part(at(v), value, count(v));
+  }
+
+  // `first` + `sums` [V, lanes] to vectors v …
+  template <int V>
+  [[gnu::noinline]] void put(int64_t v, const S* sums, S first) const {
+    for (int i = 0; i < V; ++i) put(v + i, load(sums + i * kLanes<S>) + first);
   }
 
  private:

@@ -9,11 +9,18 @@
 
 namespace lottery {
 
+// Channels of targets or sources, and how many of them a block has.
+struct BlockedChannels {
+  ChannelGroups channels;
+  int64_t depth;
+};
+
 // The channels of one line of blocks.
 struct LineChannels {
   int64_t first, count;
 
-  LineChannels(const ChannelGroups& channels, int64_t depth, int64_t line) {
+  LineChannels(const BlockedChannels& blocked, int64_t line) {
+    const auto& [channels, depth] = blocked;
     const int64_t lines = channels.padded_size / depth, within = line % lines * depth;
     first = line / lines * channels.size + within;
     count = std::min(depth, channels.size - within);
@@ -25,7 +32,7 @@ struct LineChannels {
 inline double packing_cost(const Axis& down, const Window& window, const Tiling& tiling) {
   const double row = double(window.phases * window.slots) / tiling.cols;
   const double kept = std::max<int64_t>(0, window.rows - tiling.rows * down.walk);
-  return row * (down.walk * (1 + 1. / tiling.vectors) + 0.5 * kept / tiling.rows);
+  return row * (down.walk * (1 + 2. / tiling.vectors) + 0.5 * kept / tiling.rows);
 }
 
 // The cheapest tiles whose panel fits the second-level cache and whose runs fill the registers.
@@ -55,43 +62,62 @@ inline Tiling choose_tiling(const Axis& down, const Axis& across, int64_t channe
   return best;
 }
 
-// A pass over all tiles of the targets of one gather.
+// Targets that one gather serves: all of a forward pass, those equal modulo the stride of a backward pass.
+struct Phase {
+  Axis down, across;
+  Gather gather;
+  std::vector<std::pair<int64_t, int64_t>> inside;  // rows of taps that read a source, by row of targets
+
+  Phase(const Axis& down, const Axis& across, Gather gather)
+      : down(down), across(across), gather(std::move(gather)) {
+    for (int64_t t = 0; t < down.targets; ++t) inside.push_back(down.inside(t));
+  }
+
+  Tile part(Tile tile) const {
+    tile.row_end = std::min(tile.row_end, down.targets);
+    tile.col_end = std::min(tile.col_end, across.targets);
+    return tile;
+  }
+};
+
+// A pass over all tiles of targets. The sources of a tile are packed once for all phases.
 template <class S>
 struct Pass {
-  Axis down, across;
-  ChannelGroups source_channels, target_channels;
-  int64_t source_depth, target_depth;  // channels of a block
+  Axis down, across;  // of all phases
+  BlockedChannels sources, targets;
   Image<const S> source, relu;  // relu: null, or the output of a ReLU behind which `source` is the gradient
   Tiling tiling;
   Tiles tiles;
   Window window;
   int64_t room;  // bytes of targets that the cache would hold beside a panel
-  Gather gather;
-  std::vector<std::pair<int64_t, int64_t>> inside;  // rows of taps that read a source, by row of targets
+  std::vector<Phase> phases;
 
-  Pass(const Axis& down, const Axis& across, const ChannelGroups& source_channels,
-       const ChannelGroups& target_channels, int64_t source_depth, int64_t target_depth, const Entries& entries,
+  Pass(const Axis& down, const Axis& across, const BlockedChannels& sources, const BlockedChannels& targets,
        const Image<const S>& source, const Image<const S>& relu = {})
-      : down(down), across(across), source_channels(source_channels), target_channels(target_channels),
-        source_depth(source_depth), target_depth(target_depth), source(source), relu(relu),
-        tiling(choose_tiling(down, across, source_channels.padded_total(), source.batch, kLanes<S>, sizeof(S))),
+      : down(down), across(across), sources(sources), targets(targets), source(source), relu(relu),
+        tiling(choose_tiling(down, across, sources.channels.padded_total(), source.batch, kLanes<S>, sizeof(S))),
         tiles{tiling, tiling.vectors * kLanes<S>, down.targets, across.targets, source.batch},
         window(down, across, tiling, kLanes<S>),
-        room(int64_t(cache_size()) - source_channels.padded_total() * window.plane * int64_t(sizeof(S))),
-        gather(entries, source_channels.groups, source_channels.padded_size / source_depth, source_depth, down, across,
-               window, tiles.chunk) {
-    for (int64_t t = 0; t < down.targets; ++t) inside.push_back(down.inside(t));
+        room(int64_t(cache_size()) - sources.channels.padded_total() * window.plane * int64_t(sizeof(S))) {}
+
+  void add_phase(const Axis& down, const Axis& across, const Entries& entries) {
+    const int64_t others = sources.channels.padded_size / sources.depth;
+    phases.emplace_back(
+        down, across,
+        Gather(entries, sources.channels.groups, others, sources.depth, down, across, window, tiles.chunk));
   }
 
-  SourcePanel<S> panel() const { return {source, relu, source_channels, down, across, window, tiles}; }
+  SourcePanel<S> panel() const { return {source, relu, sources.channels, down, across, window, tiles}; }
 
   template <class T>
-  TargetRow<T> target(const Image<T>& image, int64_t channel, int64_t t, const Tile& tile) const {
+  TargetRow<T> target(const Phase& phase, const Image<T>& image, int64_t channel, int64_t t, const Tile& tile) const {
+    const Axis &down = phase.down, &across = phase.across;
     T* begin = image.row(channel, down.first + down.step * t) + (across.first + across.step * tile.col) * image.batch;
     const bool past_cache = !std::is_const_v<T> && image.bytes() > room;
     return {begin + tile.n0, image.batch, across.step, tiling.vectors, image.batch - tile.n0, past_cache};
   }
 
+  // vectors of a row of targets in a tile
   int64_t run(const Tile& tile) const { return (tile.col_end - tile.col) * tiling.vectors; }
 };
 
@@ -128,46 +154,32 @@ class LineSums {
   template <int R, int INS, class First, class Targets>
   void rows(int64_t k0, int64_t k1, const S* base, int64_t vectors, int64_t out, const First& first,
             const Targets& targets) const {
-    const int64_t run = std::max<int64_t>(1, kRun / (INS ? INS : block_.ins));
-    if (k1 - k0 > run) return long_rows<R, INS>(k0, k1, run, base, vectors, out, first, targets);
+    constexpr int L = kLanes<S>;
     cover<kRegisters / 2 / R>(vectors, [&]<int V>(std::integral_constant<int, V>, int64_t v) {
-      Vec<S> sums[R][V];
-      for (int r = 0; r < R; ++r)
-        for (int i = 0; i < V; ++i) sums[r][i] = splat<S>(first(out + r));
-      add<R, V, INS>(sums, k0, k1, base + v * kLanes<S>, out);
-      put<R, V>(sums, v, out, targets);
+      alignas(kVectorBytes) S sums[R * V * L];
+      add<R, V, INS>(k0, k1, base + v * L, out, sums);
+      for (int r = 0; r < R; ++r) targets(out + r).template put<V>(v, sums + r * V * L, first(out + r));
     });
   }
 
-  template <int R, int INS, class First, class Targets>
-  void long_rows(int64_t k0, int64_t k1, int64_t run, const S* base, int64_t vectors, int64_t out, const First& first,
-                 const Targets& targets) const {
-    cover<kRegisters / 2 / R>(vectors, [&]<int V>(std::integral_constant<int, V>, int64_t v) {
-      Vec<S> done[R][V];
-      for (int r = 0; r < R; ++r)
-        for (int i = 0; i < V; ++i) done[r][i] = splat<S>(first(out + r));
-      for (int64_t k = k0; k < k1; k += run) {
-        Vec<S> sums[R][V] = {};
-        add<R, V, INS>(sums, k, std::min(k + run, k1), base + v * kLanes<S>, out);
-        for (int r = 0; r < R; ++r)
-          for (int i = 0; i < V; ++i) done[r][i] += sums[r][i];
-      }
-      put<R, V>(done, v, out, targets);
-    });
-  }
-
+  // sums[R][V] of one register tile. Not inlined: what becomes of the sums would take registers from the loop.
   template <int R, int V, int INS>
-  [[gnu::always_inline]] void add(Vec<S> (&sums)[R][V], int64_t k0, int64_t k1, const S* at, int64_t out) const {
-    multiply<S, R, V, INS>(sums, entries_, k0, k1, values_, block_, out, plane_,
-                           [&](int64_t k) { return at + gather_.offset[k]; });
-  }
-
-  template <int R, int V, class Targets>
-  [[gnu::always_inline]] void put(const Vec<S> (&sums)[R][V], int64_t v, int64_t out, const Targets& targets) const {
-    for (int r = 0; r < R; ++r) {
-      const TargetRow<S> target = targets(out + r);
-      for (int i = 0; i < V; ++i) target.put(v + i, sums[r][i]);
-    }
+  [[gnu::noinline]] void add(int64_t k0, int64_t k1, const S* at, int64_t out, S* to) const {
+    constexpr int L = kLanes<S>;
+    const int64_t run = std::max<int64_t>(1, kRun / (INS ? INS : block_.ins));
+    int64_t k = k0;
+    do {
+      const int64_t end = std::min(k + run, k1);
+      Vec<S> sums[R][V] = {};
+      multiply<S, R, V, INS>(sums, entries_, k, end, values_, block_, out, plane_,
+                             [&](int64_t k) { return at + gather_.offset[k]; });
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < V; ++i) {
+          S* sum = to + (r * V + i) * L;
+          store(sum, k == k0 ? sums[r][i] : load(sum) + sums[r][i]);
+        }
+      k = end;
+    } while (k < k1);
   }
 
   const Gather& gather_;

@@ -1,23 +1,22 @@
 // CPU kernels of the linear operators.
 #include <torch/library.h>
 
-#include "linear_kernel.h"
+#include "linear_backward.h"
 
 namespace lottery {
 namespace {
 
-// All gradients that are asked for, in one pass over dy. dx: undefined, or to be filled; and so on.
+// All gradients that are asked for. dx: undefined, or to be filled; and so on.
 void backward(const Tensor& dy, const Tensor& x, const Tensor& values, const Weight& weight, Tensor& dx,
               Tensor& dvalues, Tensor& dbias) {
   AT_DISPATCH_FLOATING_TYPES(dy.scalar_type(), "lottery_kernels::linear_backward", [&] {
     using S = scalar_t;
-    const Activation<const S> from = read<S>(dy), x_from = dvalues.defined() ? read<S>(x) : Activation<const S>{};
     const Gradients<S> wanted{dx.defined() ? written<S>(dx) : Activation<S>{},
                               dvalues.defined() ? dvalues.mutable_data_ptr<S>() : nullptr,
                               dbias.defined() ? dbias.mutable_data_ptr<S>() : nullptr};
-    const S* w = dx.defined() ? values.const_data_ptr<S>() : nullptr;
-    if (wide_panels<S>(weight.out, dy.size(0))) backward<S, 4>(from, nullptr, x_from, w, weight, wanted);
-    else backward<S, 2>(from, nullptr, x_from, w, weight, wanted);
+    std::vector<BackwardPass<S>> pass{{read<S>(dy), nullptr, dvalues.defined() ? read<S>(x) : Activation<const S>{},
+                                       dx.defined() ? values.const_data_ptr<S>() : nullptr, weight, wanted}};
+    with_width(panel_width<S>(weight.out, dy.size(0)), [&]<int V>(std::integral_constant<int, V>) { backward<S, V>(pass); });
   });
 }
 
@@ -38,8 +37,9 @@ Tensor linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>
     using S = scalar_t;
     const ForwardPass<S> pass{read<S>(x), live.const_data_ptr<S>(), b.defined() ? b.const_data_ptr<S>() : nullptr, weight,
                               false, written<S>(y)};
-    if (wide_panels<S>(weight.in, x.size(0)) && !in_halves<S>(x.size(0))) forward<S, 4>(pass);
-    else forward<S, 2>(pass);
+    const int width = panel_width<S>(weight.in, x.size(0));
+    with_width(in_halves<S>(width, x.size(0)) ? 2 : width,
+               [&]<int V>(std::integral_constant<int, V>) { forward<S, V>(pass); });
   });
   return y;
 }

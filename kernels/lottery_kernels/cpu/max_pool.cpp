@@ -1,5 +1,5 @@
-// Max pooling of batch-innermost images by windows that do not overlap. Gradients find the largest of a window again in x:
-// no indices are kept, and dx is written once.
+// Max pooling of batch-innermost images by windows that do not overlap. Gradients find the largest of a window again in
+// x: no indices are kept, and dx is written once.
 #include <ATen/Parallel.h>
 
 #include "autograd.h"

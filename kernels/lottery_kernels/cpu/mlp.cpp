@@ -5,7 +5,7 @@
 #include <torch/library.h>
 
 #include "autograd.h"
-#include "linear_kernel.h"
+#include "linear_backward.h"
 
 namespace lottery {
 namespace {
@@ -82,10 +82,10 @@ std::vector<Layer> checked(const Tensor& x, const Layers& layers) {
 
 // Width of the panels that all layers share, in vectors.
 template <class S>
-bool wide(const std::vector<Layer>& layers, int64_t batch) {
-  return std::all_of(layers.begin(), layers.end(), [&](const Layer& layer) {
-    return wide_panels<S>(std::max(layer.form.in, layer.form.out), batch);
-  });
+int shared_width(const std::vector<Layer>& layers, int64_t batch) {
+  int64_t features = 0;
+  for (const Layer& layer : layers) features = std::max({features, layer.form.in, layer.form.out});
+  return panel_width<S>(features, batch);
 }
 
 // Panels [P, features, T] for what lies between two layers, padded to whole blocks of both.
@@ -110,17 +110,12 @@ struct Between {
   }
 };
 
-template <class S>
-Activation<const S> reading(const Activation<S>& x) {
-  return {x.data, x.batch, x.features, x.batch_stride, x.feature_stride, x.panel_stride, x.padded};
-}
-
 // y; `between` receives the activations between the layers, in panels as wide as the backward pass takes them.
-template <class S, int BACK>
+template <class S, int V>
 Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variable_list& between) {
-  constexpr int T = BACK * kLanes<S>;
+  constexpr int T = V * kLanes<S>;
   Tensor y = empty_activation(x, layers.back().form.out);
-  const bool halves = BACK == 4 && in_halves<S>(x.size(0));
+  const bool halves = in_halves<S>(V, x.size(0));
   std::vector<ForwardPass<S>> passes;
   passes.reserve(layers.size());
   Activation<const S> from = read<S>(x);
@@ -138,16 +133,18 @@ Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variabl
                       layer.form.relu, to});
     from = reading(to);
   }
-  if (halves || BACK == 2) forward<S, 2>(passes);
-  else forward<S, 4>(passes);
+  if (halves) forward<S, 2>(passes);
+  else forward<S, V>(passes);
   return y;
 }
 
 Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variable_list& between) {
   Tensor y;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lottery_kernels::mlp", [&] {
-    y = wide<scalar_t>(layers, x.size(0)) ? forward_layers<scalar_t, 4>(x, layers, between)
-                                          : forward_layers<scalar_t, 2>(x, layers, between);
+    using S = scalar_t;
+    y = with_width(shared_width<S>(layers, x.size(0)), [&]<int V>(std::integral_constant<int, V>) {
+      return forward_layers<S, V>(x, layers, between);
+    });
   });
   return y;
 }
@@ -163,23 +160,25 @@ template <class S, int V>
 variable_list backward_layers(const Saved& saved, const std::vector<Layer>& layers, const std::vector<bool>& wanted) {
   constexpr int T = V * kLanes<S>;
   const Tensor &dy = saved.dy, &x = saved.x;
+  const bool layer_by_layer = !in_parts((x.size(0) + T - 1) / T);
   variable_list grads(wanted.size());
-  Activation<const S> from = read<S>(dy), gate;
-  if (saved.y.defined()) gate = read<S>(saved.y);
-  Tensor behind;
+  const Activation<const S> gate = saved.y.defined() ? read<S>(saved.y) : Activation<const S>{};
+  Activation<const S> from = read<S>(dy);
+  std::vector<BackwardPass<S>> passes;
+  std::vector<Between<S, T>> between;  // gradients
+  passes.reserve(layers.size()), between.reserve(layers.size());
   size_t next = wanted.size();
   const size_t first = std::find(wanted.begin(), wanted.end(), true) - wanted.begin();
   for (size_t i = layers.size(); i-- > 0;) {
     const Layer& layer = layers[i];
     next -= 1 + layer.form.bias;
-    std::optional<Between<S, T>> before;
+    const bool goes_on = i > 0 && first < next;
     Gradients<S> gradients{};
     if (i == 0 && wanted[0]) {
       grads[0] = empty_activation(dy, layer.form.in);
       gradients.dx = written<S>(grads[0]);
-    } else if (i > 0 && first < next) {
-      before.emplace(dy.size(0), layers[i - 1], layer, dy.options());
-      gradients.dx = before->view;
+    } else if (goes_on) {
+      if (layer_by_layer) gradients.dx = between.emplace_back(dy.size(0), layers[i - 1], layer, dy.options()).view;
       gradients.through_relu = layers[i - 1].form.relu;
     }
     if (wanted[next]) {
@@ -193,13 +192,12 @@ variable_list backward_layers(const Saved& saved, const std::vector<Layer>& laye
     const Activation<const S> source =
         i == 0 ? read<S>(x) : reading(Between<S, T>(saved.between[i - 1], layer.form.in).view);
     const bool relu_behind = i + 1 == layers.size() && saved.y.defined();
-    backward<S, V>(from, relu_behind ? &gate : nullptr, source, layer.values.template const_data_ptr<S>(), layer.weight,
-                   gradients);
-    if (wanted[next]) grads[next] = layer.weight.alive_only(grads[next]);
-    if (!gradients.dx.data) break;
+    passes.push_back({from, relu_behind ? &gate : nullptr, source, layer.values.template const_data_ptr<S>(),
+                      layer.weight, gradients});
+    if (!goes_on) break;
     from = reading(gradients.dx);
-    behind = before ? before->panels : Tensor();  // keeps `from` alive
   }
+  backward<S, V>(passes);
   return grads;
 }
 
@@ -219,9 +217,16 @@ variable_list backward_layers(const Saved& saved, const std::vector<Layer>& laye
     return grads;
   }
   AT_DISPATCH_FLOATING_TYPES(saved.x.scalar_type(), "lottery_kernels::mlp", [&] {
-    grads = wide<scalar_t>(layers, saved.x.size(0)) ? backward_layers<scalar_t, 4>(saved, layers, wanted)
-                                                    : backward_layers<scalar_t, 2>(saved, layers, wanted);
+    using S = scalar_t;
+    grads = with_width(shared_width<S>(layers, saved.x.size(0)), [&]<int V>(std::integral_constant<int, V>) {
+      return backward_layers<S, V>(saved, layers, wanted);
+    });
   });
+  size_t next = 1;
+  for (const Layer& layer : layers) {
+    if (grads[next].defined()) grads[next] = layer.weight.alive_only(grads[next]);
+    next += 1 + layer.form.bias;
+  }
   return grads;
 }
 

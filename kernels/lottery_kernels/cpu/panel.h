@@ -15,22 +15,36 @@
 
 namespace lottery {
 
+constexpr int64_t kNoPanels = -1;
+
 // A matrix [batch, features]: of any strides, or already in panels.
 template <class S>
 struct Activation {
   S* data;
   int64_t batch, features;
   int64_t batch_stride, feature_stride;
-  int64_t panel_stride = 0;  // between panels; 0: where batch_stride puts them
+  int64_t panel_stride = kNoPanels;  // between panels; 0: all in one place, one after another
   int64_t padded = features;  // rows of a panel that may be read: those past `features` are zero
 
   template <int T>
   S* panel(int64_t p) const {
-    return data + p * (panel_stride ? panel_stride : T * batch_stride);
+    return data + p * (panel_stride == kNoPanels ? T * batch_stride : panel_stride);
   }
 
   int64_t count(int64_t p, int width) const { return std::min<int64_t>(width, batch - p * width); }
+
+  // Whether panels of T can be read where they are, `rows` of each.
+  template <int T>
+  bool in_place(int64_t rows) const {
+    const bool panels = panel_stride != kNoPanels || (batch_stride == 1 && feature_stride == T);
+    return panels && batch % T == 0 && padded >= rows;
+  }
 };
+
+template <class S>
+Activation<const S> reading(const Activation<S>& x) {
+  return {x.data, x.batch, x.features, x.batch_stride, x.feature_stride, x.panel_stride, x.padded};
+}
 
 // Copies features [f0, f1) of panel p to `to + f * T`; entries past the batch become zero.
 template <class S, int T>
@@ -55,8 +69,11 @@ inline void pack(const Activation<const S>& x, int64_t p, int64_t f0, int64_t f1
     for (; f + L <= f1; f += L) {
       for (int t = 0; t < T; t += L) {
         Vec<S> rows[L];
-        for (int i = 0; i < L; ++i)
-          rows[i] = t + i < count ? load(source + (t + i) * x.batch_stride + f) : Vec<S>{};
+        for (int i = 0; i < L; ++i) {
+          const S* from = source + (t + i) * x.batch_stride + f;
+          rows[i] = t + i < count ? load(from) : Vec<S>{};
+          __builtin_prefetch(from + 2 * L);  // no prefetcher of a CPU follows so many rows at once
+        }
         transpose<S>(rows);
         for (int i = 0; i < L; ++i) store(to + (f + i) * T + t, rows[i]);
       }
@@ -103,10 +120,7 @@ class Panels {
   }
 
  private:
-  bool in_place() const {
-    const bool panels = x_.panel_stride || (x_.batch_stride == 1 && x_.feature_stride == T);
-    return panels && x_.batch % T == 0 && x_.padded >= padded_ && !relu_;
-  }
+  bool in_place() const { return !relu_ && x_.template in_place<T>(padded_); }
 
   void through_relu(int64_t p, S* panel) const {
     constexpr int AHEAD = kLanes<S>;  // a transpose takes so many features at once
