@@ -194,17 +194,14 @@ class TargetRow {
   // batch entries of vector v that exist
   int64_t count(int64_t v) const { return left_ - part(v) * kLanes<S>; }
 
-  // Vectors [0, vectors) to `to`; entries that do not exist are zero.
+  // Entries that do not exist are zero.
+  Vec<S> get(int64_t v) const {
+    return count(v) >= kLanes<S> ? load(at(v)) : get_part(at(v), std::max<int64_t>(0, count(v)));
+  }
+
+  // Vectors [0, vectors) to `to`.
   void copy(int64_t vectors, S* to) const {
-    for (int64_t v = 0; v < vectors; ++v, to += kLanes<S>) {
-      if (count(v) >= kLanes<S>) {
-        store(to, load(at(v)));
-      } else {
-        const int64_t existing = std::max<int64_t>(0, count(v));
-        std::memcpy(to, at(v), existing * sizeof(S));
-        std::memset(to + existing, 0, (kLanes<S> - existing) * sizeof(S));
-      }
-    }
+    for (int64_t v = 0; v < vectors; ++v) store(to + v * kLanes<S>, get(v));
   }
 
   void put(int64_t v, Vec<S> value) const {
@@ -222,6 +219,12 @@ class TargetRow {
 
  private:
   // Not inlined: the vector's address would be taken, and with it the sums would lie in memory.
+  [[gnu::noinline]] static Vec<S> get_part(const S* from, int64_t count) {
+    S tail[kLanes<S>] = {};
+    std::memcpy(tail, from, count * sizeof(S));
+    return load(tail);
+  }
+
   [[gnu::noinline]] static void put_part(S* to, Vec<S> value, int64_t count) {
     std::memcpy(to, &value, count * sizeof(S));
   }
