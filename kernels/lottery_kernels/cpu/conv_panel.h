@@ -151,15 +151,19 @@ class SourcePanel {
 
   // Entries [0, count), behind them zeros up to `size`, a whole number of vectors.
   static void pack_chunk(const S* from, const S* relu, int64_t count, int64_t size, S* to) {
+    constexpr int64_t L = kLanes<S>;
+    const auto value = [&](int64_t n) {
+      return relu ? relu_gradient<S>(load(relu + n), load(from + n)) : load(from + n);
+    };
     int64_t n = 0;
-    if (relu)
-      for (; n + kLanes<S> <= count; n += kLanes<S>)
-        store(to + n, relu_gradient<S>(load(relu + n), load(from + n)));
-    else
-      for (; n + kLanes<S> <= count; n += kLanes<S>) store(to + n, load(from + n));
-    if (n == size) return;
-    for (; n < count; ++n) to[n] = relu && relu[n] <= S(0) ? S(0) : from[n];
-    std::memset(to + count, 0, (size - count) * sizeof(S));
+    for (; n + L <= count; n += L) store(to + n, value(n));
+    if (n < count) {
+      store(to + n, Vec<S>{});
+      if (n > 0) store(to + count - L, value(count - L));  // over the end of the vector before
+      else for (int64_t i = 0; i < count; ++i) to[i] = relu && relu[i] <= S(0) ? S(0) : from[i];
+      n += L;
+    }
+    for (; n < size; n += L) store(to + n, Vec<S>{});
   }
 
   const Image<const S> x_, relu_;
