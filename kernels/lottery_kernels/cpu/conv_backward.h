@@ -14,6 +14,7 @@ template <class S>
 struct ConvGradients {
   Image<S> dx;
   S* dvalues;
+  S* dbias;
 };
 
 // One share of the backward pass: some tiles, the block columns [begin, end).
@@ -22,10 +23,12 @@ class BackwardShare {
   static constexpr int L = kLanes<S>;
 
  public:
-  // dots: gradients of the values, added to, in the order of the phases' gathers
+  // dots: gradients of the values, added to, in the order of the phases' gathers; bias_sums: null, or [channels of dy],
+  // added to
   BackwardShare(const Pass<S>& pass, const ConvWeight& weight, const Image<const S>& x, const S* values,
-                const ConvGradients<S>& wanted, S* dots)
-      : pass_(pass), weight_(weight), x_(x), values_(values), wanted_(wanted), panel_(pass.panel()) {
+                const ConvGradients<S>& wanted, S* dots, double* bias_sums)
+      : pass_(pass), weight_(weight), x_(x), values_(values), wanted_(wanted), bias_sums_(bias_sums),
+        panel_(pass.panel()) {
     for (const Phase& phase : pass.phases) {
       parts_.push_back({phase, {phase.gather, values, weight.transposed(), pass.window.plane}, dots});
       if (wanted.dvalues) dots += phase.gather.nnz() * weight.r * weight.c;
@@ -36,6 +39,7 @@ class BackwardShare {
     for (int64_t p = first_tile; p < last_tile; ++p) {
       const Tile tile = pass_.tiles[p];
       if (weight_.nnz() > 0) panel_.pack(tile);
+      if (bias_sums_) panel_.add_up(bias_sums_);
       for (int64_t line = begin; line < end; ++line)
         for (const Part& part : parts_) {
           tile_ = part.phase.part(tile);
@@ -103,7 +107,8 @@ class BackwardShare {
     int64_t first, k0, k1;
   };
 
-  // products[k] += dy of weight k times vectors v … of x, lane by lane; where DX, sums[V] = the sum of weights times dy.
+  // products[k] += dy of weight k times vectors v … of x, lane by lane; where DX, sums[V] = the sum of weights times
+  // dy.
   template <int V, bool DX>
   [[gnu::noinline]] void gradients(const Gather& gather, const Range& range, const S* base, const TargetRow<const S>& x,
                                    int64_t v, S* products, S* to) const {
@@ -164,6 +169,7 @@ class BackwardShare {
   const Image<const S> x_;
   const S* values_;
   const ConvGradients<S>& wanted_;
+  double* bias_sums_;
   std::vector<Part> parts_;
   SourcePanel<S> panel_;
   Tile tile_{};

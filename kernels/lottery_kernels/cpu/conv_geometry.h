@@ -37,6 +37,12 @@ struct Axis {
     return found;
   }
 
+  // Whether every source is read by some target; of axes that walk by one.
+  bool reads_all() const {
+    const auto [low, high] = span();
+    return low <= 0 && targets - 1 + high >= sources - 1;
+  }
+
   // Taps [begin, end) outside of which none reads a source for target t.
   std::pair<int64_t, int64_t> inside(int64_t t) const {
     const auto reads = [&](int64_t tap) {

@@ -85,7 +85,7 @@ template <class S>
 struct Pass {
   Axis down, across;  // of all phases
   BlockedChannels sources, targets;
-  Image<const S> source;
+  Image<const S> source, relu;  // relu: null, or the output of a ReLU behind which `source` is the gradient
   Tiling tiling;
   Tiles tiles;
   Window window;
@@ -93,8 +93,8 @@ struct Pass {
   std::vector<Phase> phases;
 
   Pass(const Axis& down, const Axis& across, const BlockedChannels& sources, const BlockedChannels& targets,
-       const Image<const S>& source)
-      : down(down), across(across), sources(sources), targets(targets), source(source),
+       const Image<const S>& source, const Image<const S>& relu = {})
+      : down(down), across(across), sources(sources), targets(targets), source(source), relu(relu),
         tiling(choose_tiling(down, across, sources.channels.padded_total(), source.batch, kLanes<S>, sizeof(S))),
         tiles{tiling, tiling.vectors * kLanes<S>, down.targets, across.targets, source.batch},
         window(down, across, tiling, kLanes<S>),
@@ -107,7 +107,7 @@ struct Pass {
         Gather(entries, sources.channels.groups, others, sources.depth, down, across, window, tiles.chunk));
   }
 
-  SourcePanel<S> panel() const { return {source, sources.channels, down, across, window, tiles}; }
+  SourcePanel<S> panel() const { return {source, relu, sources.channels, down, across, window, tiles}; }
 
   template <class T>
   TargetRow<T> target(const Phase& phase, const Image<T>& image, int64_t channel, int64_t t, const Tile& tile) const {

@@ -16,7 +16,8 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& values, const Wei
                               dbias.defined() ? dbias.mutable_data_ptr<S>() : nullptr};
     std::vector<BackwardPass<S>> pass{{read<S>(dy), nullptr, dvalues.defined() ? read<S>(x) : Activation<const S>{},
                                        dx.defined() ? values.const_data_ptr<S>() : nullptr, weight, wanted}};
-    with_width(panel_width<S>(weight.out, dy.size(0)), [&]<int V>(std::integral_constant<int, V>) { backward<S, V>(pass); });
+    with_width<2, 4, 8>(panel_width<S>(weight.out, dy.size(0)),
+                        [&]<int V>(std::integral_constant<int, V>) { backward<S, V>(pass); });
   });
 }
 
@@ -37,9 +38,8 @@ Tensor linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>
     using S = scalar_t;
     const ForwardPass<S> pass{read<S>(x), live.const_data_ptr<S>(), b.defined() ? b.const_data_ptr<S>() : nullptr, weight,
                               false, written<S>(y)};
-    const int width = panel_width<S>(weight.in, x.size(0));
-    with_width(in_halves<S>(width, x.size(0)) ? 2 : width,
-               [&]<int V>(std::integral_constant<int, V>) { forward<S, V>(pass); });
+    with_width<2, 4>(forward_width<S>(panel_width<S>(weight.in, x.size(0)), x.size(0)),
+                     [&]<int V>(std::integral_constant<int, V>) { forward<S, V>(pass); });
   });
   return y;
 }

@@ -72,18 +72,17 @@ int panel_width(int64_t features, int64_t batch) {
   return features * 4 * kVectorBytes <= kCache && panels(2) > 1 ? 4 : 2;
 }
 
-// Calls f with a width as a constant.
-template <class F>
-auto with_width(int width, const F& f) {
-  if (width == 8) return f(std::integral_constant<int, 8>{});
-  if (width == 4) return f(std::integral_constant<int, 4>{});
-  return f(std::integral_constant<int, 2>{});
+// How many of them a forward pass takes at a time. Half of the only panel, or two threads would pack the whole of it;
+// and of eight four: twice as many inputs stay in a cache.
+template <class S>
+int forward_width(int width, int64_t batch) {
+  return batch <= 4 * kLanes<S> ? 2 : std::min(width, 4);
 }
 
-// Whether a forward pass takes half a panel four vectors wide at a time: else two threads would pack the only one twice.
-template <class S>
-bool in_halves(int width, int64_t batch) {
-  return width == 4 && batch <= 4 * kLanes<S>;
+// Calls f with a width, one of WIDTHS, as a constant.
+template <int... WIDTHS, class F>
+void with_width(int width, const F& f) {
+  ((width == WIDTHS ? f(std::integral_constant<int, WIDTHS>{}) : void()), ...);
 }
 
 // A layer's forward pass over one panel: y = x Wᵀ + bias, and where asked relu of it.

@@ -115,7 +115,6 @@ template <class S, int V>
 Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variable_list& between) {
   constexpr int T = V * kLanes<S>;
   Tensor y = empty_activation(x, layers.back().form.out);
-  const bool halves = in_halves<S>(V, x.size(0));
   std::vector<ForwardPass<S>> passes;
   passes.reserve(layers.size());
   Activation<const S> from = read<S>(x);
@@ -126,15 +125,14 @@ Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variabl
       const Between<S, T> next(x.size(0), layer, layers[i + 1], x.options());
       between.push_back(next.panels);
       to = next.view;
-      if (halves) to.panel_stride = T / 2;  // of the only panel
     }
     passes.push_back({from, layer.values.template const_data_ptr<S>(),
                       layer.form.bias ? layer.bias.template const_data_ptr<S>() : nullptr, layer.weight,
                       layer.form.relu, to});
     from = reading(to);
   }
-  if (halves) forward<S, 2>(passes);
-  else forward<S, V>(passes);
+  with_width<2, 4>(forward_width<S>(V, x.size(0)),
+                   [&]<int F>(std::integral_constant<int, F>) { forward<S, F>(passes); });
   return y;
 }
 
@@ -142,8 +140,8 @@ Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variabl
   Tensor y;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lottery_kernels::mlp", [&] {
     using S = scalar_t;
-    y = with_width(shared_width<S>(layers, x.size(0)), [&]<int V>(std::integral_constant<int, V>) {
-      return forward_layers<S, V>(x, layers, between);
+    with_width<2, 4, 8>(shared_width<S>(layers, x.size(0)), [&]<int V>(std::integral_constant<int, V>) {
+      y = forward_layers<S, V>(x, layers, between);
     });
   });
   return y;
@@ -218,8 +216,8 @@ variable_list backward_layers(const Saved& saved, const std::vector<Layer>& laye
   }
   AT_DISPATCH_FLOATING_TYPES(saved.x.scalar_type(), "lottery_kernels::mlp", [&] {
     using S = scalar_t;
-    grads = with_width(shared_width<S>(layers, saved.x.size(0)), [&]<int V>(std::integral_constant<int, V>) {
-      return backward_layers<S, V>(saved, layers, wanted);
+    with_width<2, 4, 8>(shared_width<S>(layers, saved.x.size(0)), [&]<int V>(std::integral_constant<int, V>) {
+      grads = backward_layers<S, V>(saved, layers, wanted);
     });
   });
   size_t next = 1;

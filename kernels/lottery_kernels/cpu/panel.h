@@ -17,7 +17,7 @@ namespace lottery {
 
 constexpr int64_t kNoPanels = -1;
 
-// A matrix [batch, features]: of any strides, or already in panels.
+// A matrix [batch, features]: of any strides, or already in panels, which are as wide as feature_stride.
 template <class S>
 struct Activation {
   S* data;
@@ -26,9 +26,11 @@ struct Activation {
   int64_t panel_stride = kNoPanels;  // between panels; 0: all in one place, one after another
   int64_t padded = features;  // rows of a panel that may be read: those past `features` are zero
 
+  // Entries p * T and so on: a whole panel, or a part of one.
   template <int T>
   S* panel(int64_t p) const {
-    return data + p * (panel_stride == kNoPanels ? T * batch_stride : panel_stride);
+    if (panel_stride == kNoPanels) return data + p * T * batch_stride;
+    return data + p * T / feature_stride * panel_stride + p * T % feature_stride;
   }
 
   int64_t count(int64_t p, int width) const { return std::min<int64_t>(width, batch - p * width); }
@@ -69,11 +71,8 @@ inline void pack(const Activation<const S>& x, int64_t p, int64_t f0, int64_t f1
     for (; f + L <= f1; f += L) {
       for (int t = 0; t < T; t += L) {
         Vec<S> rows[L];
-        for (int i = 0; i < L; ++i) {
-          const S* from = source + (t + i) * x.batch_stride + f;
-          rows[i] = t + i < count ? load(from) : Vec<S>{};
-          __builtin_prefetch(from + 2 * L);  // no prefetcher of a CPU follows so many rows at once
-        }
+        for (int i = 0; i < L; ++i)
+          rows[i] = t + i < count ? load(source + (t + i) * x.batch_stride + f) : Vec<S>{};
         transpose<S>(rows);
         for (int i = 0; i < L; ++i) store(to + (f + i) * T + t, rows[i]);
       }
