@@ -66,7 +66,9 @@ class BackwardShare {
     for (int64_t channel = channels.first; channel < channels.first + channels.count; ++channel)
       for (int64_t t = tile_.row; t < tile_.row_end; ++t) {
         const auto dx = pass_.target(part.phase, wanted_.dx, channel, t, tile_);
-        for (int64_t v = 0; v < pass_.run(tile_); ++v) dx.put(v, Vec<S>{});
+        alignas(kVectorBytes) constexpr S zeros[8 * L] = {};
+        cover<8>(pass_.run(tile_),
+                 [&]<int V>(std::integral_constant<int, V>, int64_t v) { dx.template put<V>(v, zeros, 0); });
       }
   }
 

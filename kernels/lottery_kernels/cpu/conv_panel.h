@@ -152,6 +152,10 @@ class SourcePanel {
 
   // Entries [0, count), behind them zeros up to `size`, a whole number of vectors.
   static void pack_chunk(const S* from, const S* relu, int64_t count, int64_t size, S* to) {
+    if (!relu && count == size) {
+      std::memcpy(to, from, size * sizeof(S));
+      return;
+    }
     constexpr int64_t L = kLanes<S>;
     const auto value = [&](int64_t n) {
       return relu ? relu_gradient<S>(load(relu + n), load(from + n)) : load(from + n);
@@ -219,7 +223,8 @@ class TargetRow {
   // `first` + `sums` [V, lanes] to vectors v …
   template <int V>
   [[gnu::noinline]] void put(int64_t v, const S* sums, S first) const {
-    for (int i = 0; i < V; ++i) put(v + i, load(sums + i * kLanes<S>) + first);
+    const TargetRow row = *this;  // in registers: for all the compiler knows, what is written is *this
+    for (int i = 0; i < V; ++i) row.put(v + i, load(sums + i * kLanes<S>) + first);
   }
 
  private:

@@ -1,6 +1,7 @@
 // A pass over the tiles of a convolution's targets, and the sums of one line of live blocks in it.
 #pragma once
 
+#include <array>
 #include <limits>
 #include <utility>
 
@@ -155,10 +156,14 @@ class LineSums {
   void rows(int64_t k0, int64_t k1, const S* base, int64_t vectors, int64_t out, const First& first,
             const Targets& targets) const {
     constexpr int L = kLanes<S>;
+    // of each output, what its sums begin with and where they go
+    const auto ends = [&]<int... r>(std::integer_sequence<int, r...>) {
+      return std::pair{std::array<S, R>{first(out + r)...}, std::array<TargetRow<S>, R>{targets(out + r)...}};
+    }(std::make_integer_sequence<int, R>{});
     cover<kRegisters / 2 / R>(vectors, [&]<int V>(std::integral_constant<int, V>, int64_t v) {
       alignas(kVectorBytes) S sums[R * V * L];
       add<R, V, INS>(k0, k1, base + v * L, out, sums);
-      for (int r = 0; r < R; ++r) targets(out + r).template put<V>(v, sums + r * V * L, first(out + r));
+      for (int r = 0; r < R; ++r) ends.second[r].template put<V>(v, sums + r * V * L, ends.first[r]);
     });
   }
 
