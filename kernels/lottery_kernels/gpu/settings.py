@@ -99,11 +99,14 @@ def product_tile(
     if _multiplies_by_warp(target):
         if dtype.itemsize == 2:  # the more sums a thread has, the fewer instructions an operation takes
             few = wide <= 32 or tall * wide <= 64 * 64
-            warps = max(2 if few else 4, tall * wide // (32 * 128))
+            sums = 128 if _prefetches(target) or wide < (64 if images else 128) else 64  # with 128 ptxas spills
+            warps = max(2 if few else 4, tall * wide // (32 * sums))
             warps = max(warps, 4) if tall * step > 128 * 64 else warps
             warps = 8 if images and tall * wide > 128 * 64 and wide == 128 else warps  # with 4 ptxas spills
         elif step == 16 and wide == 64:
             tall = min(tall, 64)  # with 128 ptxas spills
+    elif dtype == torch.float32 and wide == step == 32 and target.arch == 100:
+        warps = 8  # with 4 ptxas spills
     stages = 4 if dtype.itemsize == 2 and step * (tall + wide) * 2 <= 12288 else 3
     return Tile(tall, wide, step, warps, 2 if target.backend == "hip" else stages)
 
