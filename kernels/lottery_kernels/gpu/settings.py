@@ -111,8 +111,8 @@ def product_tile(
     return Tile(tall, wide, step, warps, 2 if target.backend == "hip" else stages)
 
 
-def wgrad_tile(block: tuple[int, int], dtype: torch.dtype, precision: str, target: Target) -> Tile:
-    """wgrad: a program sums one block, or a part of it, `rows` activations a step."""
+def wgrad_tile(size: int, block: tuple[int, int], dtype: torch.dtype, precision: str, target: Target) -> Tile:
+    """wgrad of `size` activations: a program sums one block, or a part of it."""
     if dtype == torch.float32 and precision == "ieee":
         return Tile(32, min(block[0], 64), min(block[1], 64), 4, 2 if target.backend == "hip" else 3)
     high, wide = block
@@ -122,6 +122,7 @@ def wgrad_tile(block: tuple[int, int], dtype: torch.dtype, precision: str, targe
     else:  # from 64 rows on four warps can multiply together
         warps = 8 if area > 64 * 128 else 4 if area >= 64 * 64 or high >= 64 else 2 if area >= 32 * 32 else 1
     rows = (32 if dtype == torch.float32 else 64) * (4 if high + wide <= 32 else 2 if high + wide <= 64 else 1)
+    rows = min(rows, max(32, _power_of_two(size)))
     return Tile(rows, high, wide, warps, 2 if target.backend == "hip" else 3)
 
 
