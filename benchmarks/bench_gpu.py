@@ -233,7 +233,7 @@ def least_for_tiling(layer: Layer, nnz: int) -> dict[str, float]:
         tiles, per_line = -(-rows // tile.rows), cols // tile.cols
         read = tiles * nnz * per_line * (depth * tile.cols + min(rows, tile.rows) * depth)
         least[name] = (read + rows * features) * size / SECTOR
-    tile = settings.wgrad_tile(layer.block, layer.dtype, kind, target)
+    tile = settings.wgrad_tile(rows, layer.block, layer.dtype, kind, target)
     programs = nnz * (r // tile.cols) * (c // tile.depth)
     _, parts = settings.wgrad_split(programs, rows, tile.rows, target)
     partial = 2 * parts * nnz * r * c * 4 if parts > 1 else 0  # fp32, written and read

@@ -368,7 +368,7 @@ def launch_wgrad(
             options = {"PARTS": parts, "HAS_ALIVE": index.alive is not None, "EVEN": size % 1024 == 0, "BLOCK": 1024}
             launch(add_parts_kernel, triton.cdiv(size, 1024), (sums, dvalues, index.alive_bytes, size), None, **options)
 
-    table = wgrad_tile((r, c), x.dtype, mode, target)
+    table = wgrad_tile(rows, (r, c), x.dtype, mode, target)
     traits = (x.dtype, mode, index.alive is not None)
     run(best_tile(kernel, table, (r, c), traits, Sizes(rows, 1, nnz), target, run, fixed=("group",)))
 

@@ -99,17 +99,20 @@ def product_tile(
     if _multiplies_by_warp(target):
         if dtype.itemsize == 2:  # the more sums a thread has, the fewer instructions an operation takes
             few = wide <= 32 or tall * wide <= 64 * 64
-            warps = max(2 if few else 4, tall * wide // (32 * 128))
+            sums = 128 if _prefetches(target) or wide < (64 if images else 128) else 64  # with 128 ptxas spills
+            warps = max(2 if few else 4, tall * wide // (32 * sums))
             warps = max(warps, 4) if tall * step > 128 * 64 else warps
             warps = 8 if images and tall * wide > 128 * 64 and wide == 128 else warps  # with 4 ptxas spills
         elif step == 16 and wide == 64:
             tall = min(tall, 64)  # with 128 ptxas spills
+    elif dtype == torch.float32 and wide == step == 32 and target.arch == 100:
+        warps = 8  # with 4 ptxas spills
     stages = 4 if dtype.itemsize == 2 and step * (tall + wide) * 2 <= 12288 else 3
     return Tile(tall, wide, step, warps, 2 if target.backend == "hip" else stages)
 
 
-def wgrad_tile(block: tuple[int, int], dtype: torch.dtype, precision: str, target: Target) -> Tile:
-    """wgrad: a program sums one block, or a part of it, `rows` activations a step."""
+def wgrad_tile(size: int, block: tuple[int, int], dtype: torch.dtype, precision: str, target: Target) -> Tile:
+    """wgrad of `size` activations: a program sums one block, or a part of it."""
     if dtype == torch.float32 and precision == "ieee":
         return Tile(32, min(block[0], 64), min(block[1], 64), 4, 2 if target.backend == "hip" else 3)
     high, wide = block
@@ -119,6 +122,7 @@ def wgrad_tile(block: tuple[int, int], dtype: torch.dtype, precision: str, targe
     else:  # from 64 rows on four warps can multiply together
         warps = 8 if area > 64 * 128 else 4 if area >= 64 * 64 or high >= 64 else 2 if area >= 32 * 32 else 1
     rows = (32 if dtype == torch.float32 else 64) * (4 if high + wide <= 32 else 2 if high + wide <= 64 else 1)
+    rows = min(rows, max(32, _power_of_two(size)))
     return Tile(rows, high, wide, warps, 2 if target.backend == "hip" else 3)
 
 
