@@ -38,7 +38,7 @@ SHAPES = [
     (256, 256, 16, 1, 1),
     (256, 512, 8, 1, 2),
 ]
-SWEEP = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1]
+SWEEP = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1]  # densities
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -216,8 +216,8 @@ def test_layer(benchmark, tables, shape, density, block):
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block[0]}x{block[1]}")
 def test_density(benchmark, tables, block):
-    """Speed-ups by density, and below which density every layer gains 1.2 times: what crossover.json holds."""
-    below = {density: True for density in SWEEP}
+    """Speed-ups from the highest density down to one of 1.2, and the lowest such density: what crossover.json holds."""
+    reached = []
     for shape in SHAPES:
         row = {}
         for density in SWEEP:
@@ -225,9 +225,11 @@ def test_density(benchmark, tables, block):
             times = in_turns({name: steps[name] for name in ("sparse", "NCHW", "channels_last")}, seconds=0.3)
             speedup = times["sparse"].speedup_over(fastest(times, "NCHW", "channels_last"))
             row[f"{density:.0%}"] = f"{speedup.median:.2f}×"
-            below[density] &= speedup.median >= 1.2
-        tables.add(f"By density: speed-up with blocks of {block[0]}×{block[1]}", layer=title_of(shape), **row)
-    row = {"faster by 1.2 from": next((f"{density:.0%}" for density in SWEEP if below[density]), "never")}
-    tables.add("Overtaking", block=f"{block[0]}×{block[1]}", **row)
-    benchmark.extra_info.update(row)
+            if speedup.median >= 1.2:
+                break
+        reached.append(density if speedup.median >= 1.2 else 0.0)
+        tables.add(f"Speed-up by density, blocks of {block[0]}×{block[1]}", layer=title_of(shape), **row)
+    lowest = {"1.2 times as fast below": f"{min(reached):.0%}"}
+    tables.add("Every layer", block=f"{block[0]}×{block[1]}", **lowest)
+    benchmark.extra_info.update(lowest)
     benchmark.pedantic(steps["sparse"], rounds=3, warmup_rounds=1)

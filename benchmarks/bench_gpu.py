@@ -45,7 +45,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lottery_kernels.gpu import settings
-from lottery_kernels.gpu.launch import SUMS
 from tests.gpu.cases import PRECISIONS, Layer, precision
 from tests.gpuless.driver import Launch, stand_in
 from tests.gpuless.memory import SECTOR
@@ -226,16 +225,15 @@ def least_for_tiling(layer: Layer, nnz: int) -> dict[str, float]:
     """(c) in sectors, for each pass."""
     (r, c), size, target = layer.block, layer.dtype.itemsize, settings.Target("cuda", 80, 108)
     kind = PRECISIONS[layer.precision][1]
-    sums = SUMS["matmul" if layer.image is None else "conv"]
     rows = layer.batch * math.prod(layer.image or ())
     out, inputs = layer.weight_shape[0], layer.weight_shape[1]
     least = {}
     for name, cols, depth, features in (("y", r, c, out), ("dx", c, r, inputs)):
-        tile = settings.product_tile(rows, cols, depth, layer.dtype, kind, target, sums)
+        tile = settings.product_tile(rows, cols, depth, layer.dtype, kind, target, layer.image is not None)
         tiles, per_line = -(-rows // tile.rows), cols // tile.cols
         read = tiles * nnz * per_line * (depth * tile.cols + min(rows, tile.rows) * depth)
         least[name] = (read + rows * features) * size / SECTOR
-    tile = settings.wgrad_tile(layer.block, layer.dtype, kind, target, sums)
+    tile = settings.wgrad_tile(rows, layer.block, layer.dtype, kind, target)
     programs = nnz * (r // tile.cols) * (c // tile.depth)
     _, parts = settings.wgrad_split(programs, rows, tile.rows, target)
     partial = 2 * parts * nnz * r * c * 4 if parts > 1 else 0  # fp32, written and read

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from . import operators
-from .layers import SparseLinear
+from .layers import SparseConv2d, SparseLinear
 from .surgery import change_classes
 
 # (modules, i, x) -> (what modules[i:j] make of x, j); None where they had better run one by one.
@@ -72,6 +72,11 @@ def is_bare(module: nn.Module) -> bool:
     )
 
 
+def is_bare_relu(modules: Sequence[nn.Module], i: int) -> bool:
+    """Whether modules[i] is there, and a ReLU that nobody looks at."""
+    return i < len(modules) and type(modules[i]) is nn.ReLU and is_bare(modules[i])
+
+
 def _unobserved(x: Tensor) -> bool:
     """Whether plain eager mode is on: no compiler or tracer looks on, no global hook, no mode that changes types."""
     return (
@@ -86,14 +91,15 @@ def _unobserved(x: Tensor) -> bool:
 
 
 @functools.cache
-def _mlp_operator() -> Callable[..., Tensor] | None:
-    return torch.ops.lottery_kernels.mlp.default if operators._backend_serves("mlp", "cpu") else None
+def _operator(name: str) -> Callable[..., Tensor] | None:
+    served = operators._backend_serves(name, "cpu")
+    return getattr(torch.ops.lottery_kernels, name).default if served else None
 
 
 @fuses(SparseLinear)
 def _mlp(modules: Sequence[nn.Module], i: int, x: Tensor) -> tuple[Tensor, int] | None:
     """`SparseLinear` layers one behind another, with or without ReLU between and behind them, on a CPU."""
-    operator, dtype = _mlp_operator(), x.dtype
+    operator, dtype = _operator("mlp"), x.dtype
     if operator is None or not x.is_cpu or x.dim() != 2 or dtype not in (torch.float32, torch.float64):
         return None
     begin, features = i, x.shape[1]
@@ -109,9 +115,24 @@ def _mlp(modules: Sequence[nn.Module], i: int, x: Tensor) -> tuple[Tensor, int] 
         if values is None or layer.in_features != features or values.dtype != dtype or not values.is_cpu:
             break
         features = layer.out_features
-        with_relu = i + 1 < len(modules) and type(modules[i + 1]) is nn.ReLU and is_bare(modules[i + 1])
+        with_relu = is_bare_relu(modules, i + 1)
         parameters += (values,) if bias is None else (values, bias)
         index += arrays
         layers += (features, layer.in_features, bias is not None, with_relu, len(arrays))
         i += 1 + with_relu
     return (operator(x, parameters, index, layers), i) if i - begin > 1 else None
+
+
+@fuses(SparseConv2d)
+def _conv2d_relu(modules: Sequence[nn.Module], i: int, x: Tensor) -> tuple[Tensor, int] | None:
+    """A `SparseConv2d` with a ReLU behind it, on a CPU: no image between them is written or read."""
+    operator, layer = _operator("conv2d_relu"), modules[i]
+    assert isinstance(layer, SparseConv2d)
+    if operator is None or not x.is_cpu or x.dim() != 4 or not is_bare_relu(modules, i + 1):
+        return None
+    values = layer.values
+    if x.shape[1] != layer.in_channels or layer._pad_first or values.dtype != x.dtype or not values.is_cpu:
+        return None
+    shape, index = layer.pattern.weight_shape, layer.pattern.index
+    geometry = (layer.stride, layer._padding, layer.dilation, layer.groups)
+    return operator(x, values, layer.bias, index, shape, *geometry), i + 2

@@ -3,7 +3,8 @@
 The CPU kernels return images `[N, C, H, W]` that lie in memory as `[C, H, W, N]`, and take such without a transpose.
 Elementwise operations, dropout, additions and flatten keep that layout. torch's BatchNorm and pooling do not, they
 convert; but they run natively on a permuted view: BatchNorm on `[1, C, H·W, N]`, contiguous, pooling on `[C, N, H, W]`,
-which is then channels_last. The classes here do that. Inputs in any other layout go the usual way.
+which is then channels_last. The classes here do that, or call kernels of this package. Inputs in any other layout go
+the usual way.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from . import operators
-from .fuse import fuses, is_bare
+from .fuse import fuses, is_bare_relu
 from .surgery import change_classes
 
 
 def is_batch_innermost(x: Tensor) -> bool:
     """Whether an image `[N, C, H, W]` lies in memory as `[C, H, W, N]`, and in no usual layout besides."""
     return x.dim() == 4 and x.device.type == "cpu" and x.shape[0] > 1 and x.permute(1, 2, 3, 0).is_contiguous()
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 class BatchInnermostBatchNorm2d(nn.BatchNorm2d):
@@ -65,8 +70,7 @@ def _batch_norm_relu(modules: Sequence[nn.Module], i: int, x: Tensor) -> tuple[T
     """BatchNorm in training with a ReLU behind it: no image between them is written, kept or read."""
     norm = modules[i]
     assert isinstance(norm, BatchInnermostBatchNorm2d)
-    has_relu = i + 1 < len(modules) and type(modules[i + 1]) is nn.ReLU and is_bare(modules[i + 1])
-    if not has_relu or not is_batch_innermost(x) or not norm._has_kernel(x):
+    if not is_bare_relu(modules, i + 1) or not is_batch_innermost(x) or not norm._has_kernel(x):
         return None
     return norm._normalize(x, relu=True), i + 2
 
@@ -83,7 +87,23 @@ class _BatchInnermostPool(nn.Module):
 
 
 class BatchInnermostMaxPool2d(_BatchInnermostPool, nn.MaxPool2d):
-    """`nn.MaxPool2d` that keeps batch-innermost images so."""
+    """`nn.MaxPool2d` that keeps batch-innermost images so; where windows do not overlap, by a kernel of this package's
+    own, which keeps no indices."""
+
+    def forward(self, input: Tensor) -> Any:
+        """`[N, C, H, W] -> [N, C, OH, OW]`, or a pair of such with `return_indices`."""
+        kernel, stride = _pair(self.kernel_size), _pair(self.stride)
+        if is_batch_innermost(input) and self._has_kernel(input, kernel, stride):
+            return torch.ops.lottery_kernels.max_pool2d(input, kernel, stride)
+        return super().forward(input)
+
+    def _has_kernel(self, input: Tensor, kernel: tuple[int, int], stride: tuple[int, int]) -> bool:
+        plain = _pair(self.padding) == (0, 0) and _pair(self.dilation) == (1, 1)
+        if not plain or self.ceil_mode or self.return_indices or input.dtype not in (torch.float32, torch.float64):
+            return False
+        if any(not 0 < k <= min(s, size) for k, s, size in zip(kernel, stride, input.shape[2:], strict=True)):
+            return False
+        return operators._backend_serves("max_pool2d", "cpu")
 
 
 class BatchInnermostAvgPool2d(_BatchInnermostPool, nn.AvgPool2d):

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 INT32_MAX = 2**31 - 1
+RUNS = (1, 2, 4, 8)  # neighbouring block rows or columns that a program of a GPU may work off together
 
 
 @dataclass(frozen=True)
@@ -222,12 +223,13 @@ class Pattern:
 
     @cached_property
     def schedule(self) -> list[Tensor]:
-        """What GPU kernels need besides, int32: `row [nnz]`, the block row of each entry; `row_order [R]` and
-        `column_order [C]`, block rows and block columns by falling number of live blocks."""
+        """What GPU kernels need besides, int32: `row [nnz]`, the block row of each entry; `column [nnz]`, the block
+        column of each entry of the transpose; `row_order` and `column_order`, in what order to work off runs of `RUNS`
+        neighbouring block rows or columns: for runs of one, of two and so on, one after another, the numbers of the
+        runs by falling number of live blocks."""
         source = self.on_cpu or self
-        rows, columns = source.row_ptr.diff(), source.t_ptr.diff()
-        row = torch.repeat_interleave(torch.arange(rows.numel(), device="cpu"), rows.long())
-        arrays = [row, rows.argsort(descending=True, stable=True), columns.argsort(descending=True, stable=True)]
+        pointers = [source.row_ptr, source.t_ptr]
+        arrays = [torch.repeat_interleave(p.diff().long()) for p in pointers] + [_order_of_runs(p) for p in pointers]
         return [array.int().to(self.device) for array in arrays]
 
     @property
@@ -279,6 +281,20 @@ def _unpickled(kept: dict[str, Any]) -> Pattern:
 def _pointers(row: Tensor, rows: int) -> Tensor:
     """Row numbers of sorted or unsorted entries -> int32 `[rows + 1]`, where each row's entries begin."""
     return torch.cat([row.new_zeros(1), torch.bincount(row, minlength=rows).cumsum(0)]).int()
+
+
+def _order_of_runs(pointer: Tensor) -> Tensor:
+    orders = []
+    for size in RUNS:
+        ends = torch.cat([pointer[:-1:size], pointer[-1:]])
+        orders.append(ends.diff().argsort(descending=True, stable=True))
+    return torch.cat(orders)
+
+
+def runs(order: Tensor, lines: int, size: int) -> Tensor:
+    """Of `row_order` or `column_order` of a pattern with `lines` block rows or columns: the runs of `size` of them."""
+    before = sum(-(-lines // smaller) for smaller in RUNS if smaller < size)
+    return order[before : before + -(-lines // size)]
 
 
 def _is_pointer(pointer: Tensor, rows: int, nnz: int) -> bool:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lottery_kernels import Pattern
-from lottery_kernels.gpu import conv, linear
+from lottery_kernels.gpu import conv, conv_wgrad, launch, linear
 
 BLOCKS = (16, 32, 64, 128)
 # name -> dtype of the tensors, what torch's switch for fp32 says
@@ -44,6 +46,7 @@ class Layer:
     relu: bool = False
     layout: str = "plain"  # of activations: plain, transposed or sliced
     seed: int = 0
+    together: int | None = None  # lines that a program works off, None: as the settings say
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,16 +90,18 @@ class Layer:
         x, weight, bias, dy = (self._moved(t, device) for t in self.tensors().values())
         values, added = pattern.pack(weight), bias if self.bias else None
         if self.image is None:
-            return {
+            passes = {
                 "y": lambda: linear.linear(x, values, pattern, added, self.relu),
                 "dx": lambda: linear.linear_dgrad(dy, values, pattern),
                 "dvalues": lambda: linear.linear_wgrad(dy, x, pattern),
             }
-        return {
-            "y": lambda: conv.conv2d(x, values, pattern, added, **self.geometry),
-            "dx": lambda: conv.conv2d_dgrad(dy, values, pattern, x.shape, **self.geometry),
-            "dvalues": lambda: conv.conv2d_wgrad(dy, x, pattern, **self.geometry),
-        }
+        else:
+            passes = {
+                "y": lambda: conv.conv2d(x, values, pattern, added, **self.geometry),
+                "dx": lambda: conv.conv2d_dgrad(dy, values, pattern, x.shape, **self.geometry),
+                "dvalues": lambda: conv_wgrad.conv2d_wgrad(dy, x, pattern, **self.geometry),
+            }
+        return {name: functools.partial(self._launched, compute) for name, compute in passes.items()}
 
     def dense(self, compute: Callable[[Tensor], Tensor], device: str = "cpu") -> dict[str, Tensor]:
         """What dense masked PyTorch makes of inputs that `compute` has prepared, by autograd."""
@@ -107,6 +112,12 @@ class Layer:
         y = self._dense(x, weight, bias if self.bias else None)
         dx, dweight = torch.autograd.grad(y, (x, weight), dy)
         return {"y": (y.relu() if self.relu else y).detach(), "dx": dx, "dvalues": pattern.pack(dweight)}
+
+    def _launched(self, compute: Callable[[], Tensor]) -> Tensor:
+        if self.together is None:
+            return compute()
+        with mock.patch.object(launch, "lines_together", lambda *_: self.together):
+            return compute()
 
     def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, **self.geometry) if self.image else F.linear(x, weight, bias)
@@ -180,6 +191,7 @@ def draw(kind: str, precision: str, seed: int) -> Layer:
         "bias": choose.random() < 0.5,
         "layout": choose.choice(("plain", "plain", "transposed", "sliced")),
         "seed": seed,
+        "together": (2, 1, 4, 8)[seed % 4],
     }
 
     def size(block: int, most: int) -> int:

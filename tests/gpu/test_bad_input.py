@@ -10,7 +10,7 @@ import torch
 
 from lottery_kernels import Pattern
 from lottery_kernels import gpu as package
-from lottery_kernels.gpu import conv, launch, linear, settings, unsupported
+from lottery_kernels.gpu import conv, conv_wgrad, launch, linear, settings, unsupported
 from tests.gpuless import kernels
 from tests.gpuless.driver import stand_in
 
@@ -54,7 +54,7 @@ def test_tensors_on_different_devices_in_a_convolution():
     with pytest.raises(ValueError, match="dy is on meta, values are on cpu"):
         conv.conv2d_dgrad(dy.to("meta"), values, pattern, x.shape, **options)
     with pytest.raises(ValueError, match="dy is on meta, values are on cpu"):
-        conv.conv2d_wgrad(dy.to("meta"), x, pattern, **options)
+        conv_wgrad.conv2d_wgrad(dy.to("meta"), x, pattern, **options)
 
 
 @pytest.mark.parametrize("name", ["linear", "linear_dgrad", "linear_wgrad"])
@@ -127,7 +127,7 @@ def test_shapes_that_do_not_fit_a_convolution():
     with pytest.raises(ValueError, match=r"dy has shape .* height and width"):
         conv.conv2d_dgrad(dy[:, :, 1:], values, pattern, x.shape, **options)
     with pytest.raises(ValueError, match="dy has 2 images, x has 1"):
-        conv.conv2d_wgrad(dy, x[:1], pattern, **options)
+        conv_wgrad.conv2d_wgrad(dy, x[:1], pattern, **options)
     with pytest.raises(ValueError, match="x has 3 dimensions, this takes 4"):
         conv.conv2d(x[0], values, pattern, **options)
     with pytest.raises(ValueError, match=r"kernel .* is larger than"):
@@ -202,7 +202,7 @@ def test_gradients_that_are_broadcast(layer):
         if layer is CONV:
             found = [
                 [conv.conv2d_dgrad(dy, values, pattern, x.shape, **layer.geometry),
-                 conv.conv2d_wgrad(dy, x, pattern, **layer.geometry)]
+                 conv_wgrad.conv2d_wgrad(dy, x, pattern, **layer.geometry)]
                 for dy in (one, one.contiguous())
             ]  # fmt: skip
         else:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lottery_kernels.gpu import conv, launch, linear
+from lottery_kernels.gpu import conv, conv_wgrad, launch, linear
 from tests.gpuless.driver import stand_in
 from tests.gpuless.memory import Fault
 from tests.gpuless.mutate import planted
@@ -12,46 +12,61 @@ from tests.gpuless.mutate import planted
 from .cases import Layer, as_tensor_core, check
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
-LINEAR = Layer("fp16", (32, 32), (80, 112), 100, density=0.6, fine=True)
+LINEAR = Layer("fp16", (32, 32), (144, 112), 100, density=0.6, fine=True, together=2)
 CUT = Layer("fp16", (32, 32), (64, 64), 1200, density=0.6, fine=True)  # wgrad in two phases
 CONV = Layer("fp16", (16, 16), (40, 24, 3, 3), 2, (6, 7), (2, 1), (1, 1), density=0.5, fine=True)
+DEEP = 16 * " "
 # where: what is wrong -> (right, wrong, the result that it spoils)
 BUGS = {
     (linear, "linear_product_kernel"): {
         "tail mask dropped": ("TAIL_K else None", "False else None", "y"),
-        "rows stored behind the last": ("o_m < M - first", "o_m >= 0", "y"),
-        "columns stored behind the last": ("o_y < N,", "o_y >= 0,", "y"),
-        "rows not clamped": ("tl.minimum(o_m, M - 1 - first)", "o_m", "y"),
+        "rows stored behind the last": ("o_m < rows", "o_m >= 0", "y"),
+        "columns stored behind the last": ("N - n, o_n", "BLOCK_N, o_n", "y"),
+        "rows not clamped": ("tl.minimum(o_m, rows - 1)", "o_m", "y"),
         "line overrun by an entry": ("end * PER_BLOCK", "(end + 1) * PER_BLOCK", "y"),
         "last block skipped": ("end * PER_BLOCK", "(end - 1) * PER_BLOCK", "y"),
         "index of the step before": ("tl.minimum(i + 1, last", "tl.minimum(i, last", "y"),
-        "all lines written as the first": ("o_y = i_line * BLOCK_N + o_n", "o_y = o_n", "y"),
+        "all lines written as the first": ("n = line * BLOCK_N + first_n", "n = first_n", "y"),
         "live lines taken for empty": ("if begin == end:", "if begin < end:", "y"),
         "bias forgotten": ("EVEN_N, HAS_BIAS", "EVEN_N, False", "y"),
         "transposed index not used": ("tl.load(entry_ptr + following) if TRANSPOSED else following", "following", "dx"),
+        "sums carried into the next line": (
+            f"{DEEP}b_y = tl.zeros((HM, BN), dtype=tl.float32)",
+            f"{DEEP}b_y = b_y",
+            "y",
+        ),
+        "line not written at its end": ("if i_line != line:", "if i_line < line:", "y"),
+        "run of lines too long": ("first_line + LINES,", "first_line + LINES + 1,", "y"),
+        "half of the depth left out": ("tl.dot(b_x1, b_b1, b_y,", "tl.dot(b_x, b_b1, b_y,", "y"),
         "values not transposed": ("o_k[:, None] * STEP_K + o_n[None", "o_k[:, None] * STEP_N + o_n[None", "dx"),
     },
     (linear, "linear_wgrad_kernel"): {
         "end of a part ignored": ("last = tl.minimum(first + part, M)", "last = M", "dvalues"),
-        "tail of the batch not masked": ("(m + o_m < last)", "(m + o_m >= 0)", "dvalues"),
-        "parts written over each other": ("o_out, i_part, nnz", "o_out, 0, nnz", "dvalues"),
+        "tail of the batch not masked": ("o_m < last", "o_m >= 0", "dvalues"),
+        "parts written over each other": ("i_entry, i_part, nnz", "i_entry, 0, nnz", "dvalues"),
         "columns taken for rows": ("tl.load(row_ptr + i_entry) * R", "tl.load(col_ptr + i_entry) * R", "dvalues"),
     },
     (launch, "add_parts_kernel"): {
         "a part left out of the sum": ("range(PARTS)", "range(PARTS - 1)", "dvalues"),
         "dead positions not zero": ("if HAS_ALIVE:", "if False:", "dvalues"),
     },
-    (conv, "conv2d_product_kernel"): {
+    (conv, "load_tap"): {
         "border of the image not masked": ("((x_w + shift_w).to(tl.uint32) < XW)", "(x_w + shift_w < XW)", "y"),
-        "tap shifted the wrong way": ("shift_h = tap // KW * DILATION_H", "shift_h = -(tap // KW) * DILATION_H", "y"),
-        "phase of a stride forgotten": ("o_i * STRIDE_H + phase_h", "o_i * STRIDE_H", "dx"),
-        "entries of another phase": ("i_phase * lines + i_line + 1", "lines + i_line + 1", "dx"),
     },
-    (conv, "conv2d_wgrad_kernel"): {
+    (conv, "pixels"): {
+        "phase of a stride forgotten": ("o_i * STRIDE_H + phase_h", "o_i * STRIDE_H", "dx"),
+    },
+    (conv, "conv2d_product_kernel"): {
+        "tap shifted the wrong way": ("shift_h = tap // KW * DILATION_H", "shift_h = -(tap // KW) * DILATION_H", "y"),
+        "entries of another phase": ("begin_ptr += i_phase * lines", "begin_ptr += lines", "dx"),
+    },
+    (conv_wgrad, "load_pixels"): {
         "stride ignored": ("% PIXELS // YW * STRIDE_H", "% PIXELS // YW", "dvalues"),
         "pixels not carried on": ("begin_x + shift_w", "begin_x * 0 + shift_w", "dvalues"),
-        "pixels behind the last not masked": ("m_n & (o_m < last)[None, :]", "m_n", "dvalues"),
-        "channels not masked": ("(o_n < N)[:, None]", "(o_n >= 0)[:, None]", "dvalues"),
+    },
+    (conv_wgrad, "conv2d_wgrad_kernel"): {
+        "pixels behind the last not masked": ("o_m < last)", "o_m >= 0)", "dvalues"),
+        "channels not masked": ("(first_n + o_r < N)", "(first_n + o_r >= 0)", "dvalues"),
     },
 }
 EDITS = {
@@ -76,7 +91,7 @@ def caught(layer: Layer, result: str, gpu: str = "sm_80", **options) -> bool:
     [pytest.param(*where, *bug, id=name) for where, bugs in BUGS.items() for name, bug in bugs.items()],
 )
 def test_bugs_in_the_source_are_caught(module, kernel, right, wrong, result):
-    layer = CONV if module is conv else CUT if result == "dvalues" else LINEAR
+    layer = CONV if module in (conv, conv_wgrad) else CUT if result == "dvalues" else LINEAR
     with planted(module, kernel, right, wrong):
         assert caught(layer, result)
 

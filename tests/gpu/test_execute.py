@@ -2,7 +2,7 @@
 
 import pytest
 
-from lottery_kernels.gpu import conv, linear
+from lottery_kernels.gpu import conv, conv_wgrad, linear
 from tests.gpuless.driver import stand_in
 
 from .cases import PRECISIONS, Layer, as_tensor_core, check, draw, precision
@@ -72,7 +72,9 @@ def test_strides_beyond_32_bits(gpu):
         exact, torchs = layer.dense(lambda t: t.double()), as_tensor_core(layer)
         with stand_in(gpu):
             kind, options = (linear, {}) if layer.image is None else (conv, layer.geometry)
-            forward, wgrad = (kind.linear, kind.linear_wgrad) if kind is linear else (kind.conv2d, kind.conv2d_wgrad)
+            forward, wgrad = (
+                (kind.linear, kind.linear_wgrad) if kind is linear else (conv.conv2d, conv_wgrad.conv2d_wgrad)
+            )
             y = forward(x.as_strided(x.shape, strides), values, pattern, tensors["bias"], **options)
             dvalues = wgrad(dy, x.as_strided(x.shape, strides), pattern, **options)
         check(y, exact["y"], torchs["y"], f"y of {layer}")

@@ -9,23 +9,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+from triton.runtime.jit import JITFunction
+
 _number = itertools.count()
 
 
 @contextmanager
 def planted(module: ModuleType, kernel: str, right: str, wrong: str) -> Iterator[None]:
-    """While inside, `module.kernel` is compiled from its source with `right`, which must occur, replaced by `wrong`."""
-    original = getattr(module, kernel)
-    source = inspect.getsource(original.fn)
+    """While inside, `module.kernel` is compiled from its source with `right`, which must occur, replaced by `wrong`,
+    and so are the module's kernels that call it."""
+    source = inspect.getsource(getattr(module, kernel).fn)
     if right not in source:
         raise ValueError(f"{kernel} has no {right!r} any more: plant the bug in what it has now")
-    source = source.replace(right, wrong)
+    functions = {name: item for name, item in vars(module).items() if isinstance(item, JITFunction)}
+    callers = {name: inspect.getsource(item.fn) for name, item in functions.items() if name != kernel}
+    sources = {kernel: source.replace(right, wrong)}
+    sources |= {name: text for name, text in callers.items() if f"{kernel}(" in text}
+    try:
+        for name, text in sources.items():
+            setattr(module, name, _compiled(module, name, text))
+        yield
+    finally:
+        for name in sources:
+            setattr(module, name, functions[name])
+
+
+def _compiled(module: ModuleType, kernel: str, source: str) -> JITFunction:
     name = f"<{kernel} with a bug, {next(_number)}>"
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
     namespace = dict(vars(module))
     exec(compile(source, name, "exec"), namespace)
-    setattr(module, kernel, namespace[kernel])
-    try:
-        yield
-    finally:
-        setattr(module, kernel, original)
+    return namespace[kernel]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lottery_kernels import SparseLinear, densify, sparsify
 from lottery_kernels.cpu import build
-from lottery_kernels.fuse import FusedSequential, to_fused, to_unfused
+from lottery_kernels.fuse import FusedSequential, to_fused
+from tests.kernels.fused import assert_same_bits, runs, step, unfused
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled"),
@@ -39,21 +40,8 @@ def mlp(block=(1, 1), density=0.3, last_relu=False, dtype=torch.float64, sizes=(
     return FusedSequential(*layers if last_relu else layers[:-1])
 
 
-def unfused(model: nn.Module) -> nn.Module:
-    return to_unfused(copy.deepcopy(model))
-
-
-def step(model: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """y, and the gradients of x and the parameters."""
-    x = x.detach().requires_grad_()
-    y = model(x)
-    return [y.detach(), *torch.autograd.grad(y, [x, *model.parameters()], dy)]
-
-
 def runs_fused(model: nn.Module, x: Tensor) -> bool:
-    with torch.profiler.profile() as profile:
-        model(x)
-    return any(event.key == "lottery_kernels::mlp" for event in profile.key_averages())
+    return runs("mlp", model, x)
 
 
 @pytest.mark.parametrize("last_relu", [False, True])
@@ -63,9 +51,7 @@ def test_the_same_bits_as_one_by_one(block, batch, last_relu):
     model = mlp(block, last_relu=last_relu)
     x, dy = torch.randn(batch, 45, dtype=torch.float64), torch.randn(batch, 10, dtype=torch.float64)
     assert runs_fused(model, x)
-    for fused, single in zip(step(model, x, dy), step(unfused(model), x, dy), strict=True):
-        assert torch.equal(fused, single)
-        assert batch < 2 or fused.stride() == single.stride()
+    assert_same_bits(model, x, dy)
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
@@ -73,8 +59,7 @@ def test_the_same_bits_as_one_by_one(block, batch, last_relu):
 def test_all_pruned_and_full_masks(block, density):
     model = mlp(block, density, last_relu=True)
     x, dy = torch.randn(7, 45, dtype=torch.float64), torch.randn(7, 10, dtype=torch.float64)
-    for fused, single in zip(step(model, x, dy), step(unfused(model), x, dy), strict=True):
-        assert torch.equal(fused, single)
+    assert_same_bits(model, x, dy)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -101,8 +86,7 @@ def test_inputs_and_cotangents_of_any_strides(layout):
 def test_relu_lets_nan_and_infinities_through_as_torch_does():
     model = FusedSequential(sparse(3, 4, density=1.0), nn.ReLU())
     x = torch.tensor([[torch.nan, 1, 1], [torch.inf, -1, 1], [0, 0, 0]], dtype=torch.float64)
-    for fused, single in zip(step(model, x, x.new_ones(3, 4)), step(unfused(model), x, x.new_ones(3, 4)), strict=True):
-        torch.testing.assert_close(fused, single, rtol=0, atol=0, equal_nan=True)
+    assert_same_bits(model, x, x.new_ones(3, 4))
 
 
 @pytest.mark.parametrize("frozen", ["0.values", "0.bias", "2.values", "4.values", "first layers", "all but the input"])

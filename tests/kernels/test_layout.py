@@ -19,6 +19,8 @@ from lth.models import NETWORKS
 
 POOLS = {
     "max": lambda: nn.MaxPool2d(2),
+    "max, not square, with gaps": lambda: nn.MaxPool2d((2, 3), (3, 4)),
+    "max of what is left": lambda: nn.MaxPool2d(2, ceil_mode=True),
     "max, overlapping": lambda: nn.MaxPool2d(3, 2, 1),
     "max with indices": lambda: nn.MaxPool2d(2, return_indices=True),
     "average": lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True),
@@ -68,6 +70,44 @@ def test_other_layouts_give_the_same_bits_as_before(make, layout):
     for one, other in zip(step(swapped, x), step(usual, x), strict=True):
         assert torch.equal(one, other)
         assert one.stride() == other.stride()
+
+
+def max_pools(kernel=2, stride=None) -> tuple[nn.Module, nn.Module]:
+    """torch's, and the batch-innermost one."""
+    usual = nn.MaxPool2d(kernel, stride)
+    return usual, to_batch_innermost(copy.deepcopy(usual))
+
+
+@pytest.mark.skipif(not build.load(), reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [2, 8, 16, 60, 67])
+def test_max_pooling_gives_a_window_s_gradient_to_the_entry_that_torch_chooses(nan_filled, batch, dtype):
+    x = torch.randint(-2, 3, (batch, 5, 9, 8), dtype=dtype)  # many equals
+    x.flatten()[torch.randperm(x.numel())[:40]] = torch.nan
+    x[:, 0], x[0] = -torch.inf, torch.inf
+    for kernel, stride in ((2, None), (2, 3), ((3, 2), (4, 2))):
+        usual, ours = max_pools(kernel, stride)
+        with torch.profiler.profile() as profile:
+            found = step(ours, batch_innermost(x))
+        assert any(event.key == "lottery_kernels::max_pool2d" for event in profile.key_averages())
+        for one, other in zip(found, step(usual, x), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(not build.load(), reason="no C++ compiler")
+def test_max_pooling_has_gradients_of_any_order_and_a_shape_rule():
+    _, ours = max_pools()
+    x = batch_innermost(torch.randn(3, 2, 5, 4, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(ours, [x])
+    assert torch.autograd.gradgradcheck(ours, [x])
+    torch.library.opcheck(torch.ops.lottery_kernels.max_pool2d.default, (x, (2, 2), (2, 2)))
+    torch.library.opcheck(
+        torch.ops.lottery_kernels.max_pool2d_backward.default, (ours(x).detach(), x.detach(), (2, 2), (2, 2))
+    )
+    with pytest.raises(RuntimeError, match="must not be empty or overlap"):
+        torch.ops.lottery_kernels.max_pool2d(x, (2, 2), (1, 2))
+    with pytest.raises(RuntimeError, match="x must be a batch-innermost image"):
+        torch.ops.lottery_kernels.max_pool2d(x.contiguous(), (2, 2), (2, 2))
 
 
 def test_one_value_per_channel_is_refused_as_torch_refuses_it():

@@ -173,3 +173,18 @@ def test_moving_there_and_back_reads_no_uninitialised_memory():
     away = pattern.to("meta")
     assert away.col.is_meta
     assert away.to("cpu") is pattern
+
+
+@hypothesis.given(masks())
+def test_the_schedule_names_lines_and_orders_their_runs(case):
+    mask, block, groups = case
+    pattern = Pattern.from_mask(mask, block, groups)
+    row, column, *orders = pattern.schedule
+    for line, order, pointer in zip((row, column), orders, (pattern.row_ptr, pattern.t_ptr), strict=True):
+        lines = pointer.numel() - 1
+        assert all(pointer[n] <= i < pointer[n + 1] for i, n in enumerate(line.tolist()))
+        for size in lottery_kernels.pattern.RUNS:
+            found = lottery_kernels.pattern.runs(order, lines, size).tolist()
+            assert sorted(found) == list(range(-(-lines // size)))
+            live = [int(pointer[min((n + 1) * size, lines)] - pointer[n * size]) for n in found]
+            assert live == sorted(live, reverse=True)

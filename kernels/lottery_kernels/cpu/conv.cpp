@@ -35,9 +35,9 @@ Pass<S> forward_pass(const ConvWeight& weight, const Image<const S>& x) {
 }
 
 template <class S>
-Pass<S> backward_pass(const ConvWeight& weight, const Image<const S>& dy) {
+Pass<S> backward_pass(const ConvWeight& weight, const Image<const S>& dy, const Image<const S>& relu) {
   Pass<S> pass(weight.down.backward(), weight.across.backward(), {weight.out_channels(), weight.r},
-               {weight.in_channels(), weight.c}, dy);
+               {weight.in_channels(), weight.c}, dy, relu);
   for (int64_t i = 0; i < weight.down.stride; ++i)
     for (int64_t j = 0; j < weight.across.stride; ++j)
       pass.add_phase(weight.down.backward(i), weight.across.backward(j), weight.columns);
@@ -45,7 +45,8 @@ Pass<S> backward_pass(const ConvWeight& weight, const Image<const S>& dy) {
 }
 
 template <class S>
-void forward(const Image<const S>& x, const S* values, const S* bias, const ConvWeight& weight, const Image<S>& y) {
+void forward(const Image<const S>& x, const S* values, const S* bias, const ConvWeight& weight, bool with_relu,
+             const Image<S>& y) {
   const Pass<S> pass = forward_pass<S>(weight, x);
   const Phase& phase = pass.phases[0];
   const Gather& gather = phase.gather;
@@ -65,7 +66,7 @@ void forward(const Image<const S>& x, const S* values, const S* bias, const Conv
           sums.run(
               gather.begin(line, from), gather.begin(line, to), panel.row(t), pass.run(tile), channels.count,
               [&](int64_t out) { return bias ? bias[channels.first + out] : S(0); },
-              [&](int64_t out) { return pass.target(phase, y, channels.first + out, t, tile); });
+              [&](int64_t out) { return pass.target(phase, y, channels.first + out, t, tile).rectified(with_relu); });
         }
       }
     }
@@ -101,31 +102,48 @@ void backward(const Pass<S>& pass, const ConvWeight& weight, const Image<const S
   const int64_t ranges = (at::get_num_threads() + parts - 1) / parts, cost = total_cost(weight.columns);
   const int64_t count = wanted.dvalues ? weight.nnz() * size : 0;
   std::vector<S> dots(parts * count);
+  const int64_t channels = wanted.dbias ? pass.source.channels : 0;
+  std::vector<double> bias_sums(parts * channels);
   at::parallel_for(0, parts * ranges, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t part = item / ranges, range = item % ranges;
-      BackwardShare<S>(pass, weight, x, values, wanted, dots.data() + part * count)
+      double* const to_bias = channels && range == 0 ? bias_sums.data() + part * channels : nullptr;
+      BackwardShare<S>(pass, weight, x, values, wanted, dots.data() + part * count, to_bias)
           .run(tiles * part / parts, tiles * (part + 1) / parts, line_at(weight.columns, cost * range / ranges),
                line_at(weight.columns, cost * (range + 1) / ranges));
     }
   });
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0;
+    for (int64_t part = 0; part < parts; ++part) sum += bias_sums[part * channels + c];
+    wanted.dbias[c] = S(sum);
+  }
   if (wanted.dvalues) add_parts(pass, dots, parts, size, wanted.dvalues);
 }
 
-// dx and dvalues, where defined, in one pass over dy.
-void backward(const Tensor& dy, const Tensor& x, const Tensor& values, const ConvWeight& weight, Tensor& dx,
-              Tensor& dvalues) {
-  if (dy.size(0) == 0) {
+// Whether a backward pass packs every entry of dy: it can then add them up on the way.
+bool packs_all(const ConvWeight& weight) {
+  return weight.nnz() > 0 && weight.down.backward().reads_all() && weight.across.backward().reads_all();
+}
+
+// dx, dvalues and dbias (which asks for `packs_all`), where defined, in one pass over dy. relu, where defined: the output
+// of a ReLU behind which dy is the gradient.
+void backward(const Tensor& dy, const Tensor& relu, const Tensor& x, const Tensor& values, const ConvWeight& weight,
+              Tensor& dx, Tensor& dvalues, Tensor& dbias) {
+  if (dy.numel() == 0) {
     if (dvalues.defined()) dvalues.zero_();
+    if (dbias.defined()) dbias.zero_();
     return;
   }
   AT_DISPATCH_FLOATING_TYPES(dy.scalar_type(), "lottery_kernels::conv2d_backward", [&] {
     using S = scalar_t;
     const Image<const S> x_image = dvalues.defined() ? read<S>(x) : Image<const S>{};
     const ConvGradients<S> wanted{dx.defined() ? written<S>(dx) : Image<S>{},
-                                  dvalues.defined() ? dvalues.mutable_data_ptr<S>() : nullptr};
+                                  dvalues.defined() ? dvalues.mutable_data_ptr<S>() : nullptr,
+                                  dbias.defined() ? dbias.mutable_data_ptr<S>() : nullptr};
+    const Image<const S> relu_image = relu.defined() ? read<S>(relu) : Image<const S>{};
     const S* w = dx.defined() ? values.const_data_ptr<S>() : nullptr;
-    backward<S>(backward_pass<S>(weight, read<S>(dy)), weight, x_image, w, wanted);
+    backward<S>(backward_pass<S>(weight, read<S>(dy), relu_image), weight, x_image, w, wanted);
   });
 }
 
@@ -133,19 +151,22 @@ void check_type(const char* name, const Tensor& x, at::ScalarType dtype) {
   TORCH_CHECK(x.scalar_type() == dtype, name, " is ", x.scalar_type(), ", the weight's values are ", dtype);
 }
 
-void check_output(const Tensor& dy, const ConvWeight& weight, int64_t batch) {
+void check_output(const char* name, const Tensor& y, const ConvWeight& weight, int64_t batch) {
   const std::array<int64_t, 4> expected{batch, weight.groups * weight.outputs, weight.down.out, weight.across.out};
-  TORCH_CHECK(dy.sizes() == at::IntArrayRef(expected), "dy must be ", at::IntArrayRef(expected), ", got ", dy.sizes());
+  TORCH_CHECK(y.sizes() == at::IntArrayRef(expected), name, " must be ", at::IntArrayRef(expected), ", got ",
+              y.sizes());
 }
 
 bool is_half(const Tensor& x) { return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16; }
 
+template <bool RELU>
 Tensor conv2d(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, at::TensorList index,
               at::IntArrayRef weight_shape, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
               int64_t groups) {
   if (is_half(x)) {
     const std::optional<Tensor> b = bias ? std::optional(bias->to(at::kFloat)) : std::nullopt;
-    return conv2d(x.to(at::kFloat), values.to(at::kFloat), b, index, weight_shape, stride, padding, dilation, groups)
+    return conv2d<RELU>(x.to(at::kFloat), values.to(at::kFloat), b, index, weight_shape, stride, padding, dilation,
+                        groups)
         .to(x.scalar_type());
   }
   const ConvWeight weight(index, weight_shape, values.sizes().slice(1), x.sizes(), stride, padding, dilation, groups);
@@ -159,7 +180,7 @@ Tensor conv2d(const Tensor& x, const Tensor& values, const std::optional<Tensor>
   if (y.numel() == 0) return y;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lottery_kernels::conv2d", [&] {
     using S = scalar_t;
-    forward<S>(read<S>(from), live.const_data_ptr<S>(), b.defined() ? b.const_data_ptr<S>() : nullptr, weight,
+    forward<S>(read<S>(from), live.const_data_ptr<S>(), b.defined() ? b.const_data_ptr<S>() : nullptr, weight, RELU,
                written<S>(y));
   });
   return y;
@@ -174,9 +195,9 @@ Tensor conv2d_dgrad(const Tensor& dy, const Tensor& values, at::TensorList index
         .to(dy.scalar_type());
   const ConvWeight weight(index, weight_shape, values.sizes().slice(1), x_shape, stride, padding, dilation, groups);
   check_type("dy", dy, values.scalar_type());
-  check_output(dy, weight, x_shape[0]);
+  check_output("dy", dy, weight, x_shape[0]);
   Tensor dx = empty_image(dy, x_shape), none;
-  backward(batch_innermost(dy), none, weight.alive_only(values), weight, dx, none);
+  backward(batch_innermost(dy), none, none, weight.alive_only(values), weight, dx, none, none);
   return dx;
 }
 
@@ -189,37 +210,43 @@ Tensor conv2d_wgrad(const Tensor& dy, const Tensor& x, at::TensorList index, at:
         .to(dy.scalar_type());
   const ConvWeight weight(index, weight_shape, block, x.sizes(), stride, padding, dilation, groups);
   check_type("dy", dy, x.scalar_type());
-  check_output(dy, weight, x.size(0));
+  check_output("dy", dy, weight, x.size(0));
   Tensor dvalues = at::empty({weight.nnz(), weight.r, weight.c}, x.options()), none;
-  backward(batch_innermost(dy), batch_innermost(x), none, weight, none, dvalues);
+  backward(batch_innermost(dy), none, batch_innermost(x), none, weight, none, dvalues, none);
   return weight.alive_only(dvalues);
 }
 
-// dx, dvalues and dbias in one pass over dy; what `wanted` leaves out comes back with no elements.
+// dx, dvalues and dbias in one pass over dy; what `wanted` leaves out comes back with no elements. With `relu`, the
+// output of a ReLU behind the convolution, dy is the gradient behind that.
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dy, const Tensor& x, const Tensor& values,
                                                    at::TensorList index, at::IntArrayRef weight_shape,
                                                    at::IntArrayRef stride, at::IntArrayRef padding,
                                                    at::IntArrayRef dilation, int64_t groups,
-                                                   std::array<bool, 3> wanted) {
+                                                   std::array<bool, 3> wanted, const std::optional<Tensor>& relu) {
   if (is_half(dy)) {
+    const auto y = relu ? std::optional(relu->to(at::kFloat)) : std::nullopt;
     const auto [dx, dvalues, dbias] =
         conv2d_backward(dy.to(at::kFloat), x.to(at::kFloat), values.to(at::kFloat), index, weight_shape, stride,
-                        padding, dilation, groups, wanted);
+                        padding, dilation, groups, wanted, y);
     const auto dtype = dy.scalar_type();
     return {dx.to(dtype), dvalues.to(dtype), dbias.to(dtype)};
   }
   const ConvWeight weight(index, weight_shape, values.sizes().slice(1), x.sizes(), stride, padding, dilation, groups);
   check_type("dy", dy, values.scalar_type());
   check_type("x", x, values.scalar_type());
-  check_output(dy, weight, x.size(0));
-  const Tensor from = batch_innermost(dy);
-  Tensor dx, dvalues, dbias;
+  check_output("dy", dy, weight, x.size(0));
+  if (relu) check_type("relu", *relu, values.scalar_type()), check_output("relu", *relu, weight, x.size(0));
+  const bool in_pass = (wanted[0] || wanted[1]) && packs_all(weight);
+  const Tensor behind = batch_innermost(dy), y = relu ? batch_innermost(*relu) : Tensor();
+  const Tensor from = y.defined() && !in_pass ? at::threshold_backward(behind, y, 0) : behind;
+  Tensor dx, dvalues, dbias, none;
   if (wanted[0]) dx = empty_image(dy, x.sizes());
   if (wanted[1]) dvalues = at::empty(values.sizes(), values.options());
-  if (wanted[2]) dbias = from.permute({1, 2, 3, 0}).reshape({dy.size(1), -1}).sum(1);
+  if (wanted[2] && in_pass) dbias = at::empty({dy.size(1)}, dy.options());
+  else if (wanted[2]) dbias = from.permute({1, 2, 3, 0}).reshape({dy.size(1), -1}).sum(1);
   if (wanted[0] || wanted[1])
-    backward(from, wanted[1] ? batch_innermost(x) : x, wanted[0] ? weight.alive_only(values) : Tensor(), weight, dx,
-             dvalues);
+    backward(from, in_pass ? y : none, wanted[1] ? batch_innermost(x) : x,
+             wanted[0] ? weight.alive_only(values) : none, weight, dx, dvalues, in_pass ? dbias : none);
   const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, dy.options()); };
   return {or_empty(dx), wanted[1] ? weight.alive_only(dvalues) : or_empty(dvalues), or_empty(dbias)};
 }
@@ -228,7 +255,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dy, const Tenso
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward_meta(const Tensor& dy, const Tensor& x, const Tensor& values,
                                                         at::TensorList, at::IntArrayRef weight_shape, at::IntArrayRef,
                                                         at::IntArrayRef, at::IntArrayRef, int64_t,
-                                                        std::array<bool, 3> wanted) {
+                                                        std::array<bool, 3> wanted, const std::optional<Tensor>&) {
   const auto none = [&] { return at::empty({0}, dy.options()); };
   return {wanted[0] ? empty_image_symint(x) : none(),
           wanted[1] ? at::empty_symint(values.sym_sizes(), values.options()) : none(),
@@ -237,14 +264,17 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward_meta(const Tensor& dy, const 
 
 TORCH_LIBRARY_FRAGMENT(lottery_kernels, m) {
   m.def("conv2d_backward(Tensor dy, Tensor x, Tensor values, Tensor[] index, int[] weight_shape, int[] stride, "
-        "int[] padding, int[] dilation, int groups, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+        "int[] padding, int[] dilation, int groups, bool[3] wanted, Tensor? relu=None) -> (Tensor, Tensor, Tensor)",
         {at::Tag::pt2_compliant_tag});
+  m.def("conv2d_relu(Tensor x, Tensor values, Tensor? bias, Tensor[] index, int[] weight_shape, int[] stride, "
+        "int[] padding, int[] dilation, int groups) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(lottery_kernels, Meta, m) { m.impl("conv2d_backward", &conv2d_backward_meta); }
 
 TORCH_LIBRARY_IMPL(lottery_kernels, CPU, m) {
-  m.impl("conv2d", &conv2d);
+  m.impl("conv2d", &conv2d<false>);
+  m.impl("conv2d_relu", &conv2d<true>);
   m.impl("conv2d_dgrad", &conv2d_dgrad);
   m.impl("conv2d_wgrad", &conv2d_wgrad);
   m.impl("conv2d_backward", &conv2d_backward);

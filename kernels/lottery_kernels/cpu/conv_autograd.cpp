@@ -19,10 +19,11 @@ struct Rest {
   int64_t groups;
 };
 
+using ForwardSignature = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, at::TensorList, Ints, Ints,
+                                Ints, Ints, int64_t);
+
 Tensor call_conv2d(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, const Rest& rest) {
-  using Signature = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, at::TensorList, Ints, Ints, Ints,
-                           Ints, int64_t);
-  static const auto op = find_operator<Signature>("lottery_kernels::conv2d");
+  static const auto op = find_operator<ForwardSignature>("lottery_kernels::conv2d");
   return op.call(x, values, bias, rest.index, rest.shape, rest.stride, rest.padding, rest.dilation, rest.groups);
 }
 
@@ -38,12 +39,14 @@ Tensor call_wgrad(const Tensor& dy, const Tensor& x, const Rest& rest) {
   return op.call(dy, x, rest.index, rest.shape, rest.block, rest.stride, rest.padding, rest.dilation, rest.groups);
 }
 
+// relu: the output of a ReLU behind which dy is the gradient.
 Gradients call_backward(const Tensor& dy, const Tensor& x, const Tensor& values, const Rest& rest,
-                        std::array<bool, 3> wanted) {
+                        std::array<bool, 3> wanted, const std::optional<Tensor>& relu = std::nullopt) {
   using Signature = Gradients(const Tensor&, const Tensor&, const Tensor&, at::TensorList, Ints, Ints, Ints, Ints,
-                              int64_t, std::array<bool, 3>);
+                              int64_t, std::array<bool, 3>, const std::optional<Tensor>&);
   static const auto op = find_operator<Signature>("lottery_kernels::conv2d_backward");
-  return op.call(dy, x, values, rest.index, rest.shape, rest.stride, rest.padding, rest.dilation, rest.groups, wanted);
+  return op.call(dy, x, values, rest.index, rest.shape, rest.stride, rest.padding, rest.dilation, rest.groups, wanted,
+                 relu);
 }
 
 // Gradient in an x of the same shape as `like`, of which nothing else is read.
@@ -102,6 +105,29 @@ struct Conv2dFunction : Function<Conv2dFunction> {
     if (wanted[1]) dvalues = call_wgrad(dy, x, saved.rest);
     if (wanted[2]) dbias = dy.sum({0, 2, 3});
     return {dx, dvalues, dbias, {}};
+  }
+};
+
+// On the CPU alone.
+struct Conv2dReluFunction : Function<Conv2dReluFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,
+                        const Rest& rest) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto op = find_operator<ForwardSignature>("lottery_kernels::conv2d_relu");
+    const Tensor y =
+        op.call(x, values, bias, rest.index, rest.shape, rest.stride, rest.padding, rest.dilation, rest.groups);
+    save(ctx, {x, values, y}, rest);
+    ctx->saved_data["bias"] = bias.has_value();
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Saved saved(ctx, 3);
+    const Tensor &x = saved.tensors[0], &values = saved.tensors[1], &y = saved.tensors[2];
+    const std::array<bool, 3> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                     ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2)};
+    const auto [dx, dvalues, dbias] = call_backward(grads[0], x, values, saved.rest, wanted, y);
+    return {wanted[0] ? dx : Tensor(), wanted[1] ? dvalues : Tensor(), wanted[2] ? dbias : Tensor(), {}};
   }
 };
 
@@ -185,15 +211,23 @@ Tensor conv2d_wgrad(const Tensor& dy, const Tensor& x, at::TensorList index, Int
   return Conv2dWgradFunction::apply(dy, x, Rest{index, shape, block, stride, padding, dilation, groups});
 }
 
+Tensor conv2d_relu(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, at::TensorList index,
+                   Ints shape, Ints stride, Ints padding, Ints dilation, int64_t groups) {
+  const auto block = block_of(values);
+  return Conv2dReluFunction::apply(x, values, bias, Rest{index, shape, block, stride, padding, dilation, groups});
+}
+
 Gradients conv2d_backward(const Tensor& dy, const Tensor& x, const Tensor& values, at::TensorList index, Ints shape,
-                          Ints stride, Ints padding, Ints dilation, int64_t groups, std::array<bool, 3> wanted) {
+                          Ints stride, Ints padding, Ints dilation, int64_t groups, std::array<bool, 3> wanted,
+                          const std::optional<Tensor>& relu) {
   const auto block = block_of(values);
   const Rest rest{index, shape, block, stride, padding, dilation, groups};
   if (!at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return call_backward(dy, x, values, rest, wanted);
+    return call_backward(dy, x, values, rest, wanted, relu);
   }
-  const variable_list all = Conv2dBackwardFunction::apply(dy, x, values, rest, wanted);
+  const Tensor in_front = relu ? at::threshold_backward(dy, *relu, 0) : dy;  // which can be differentiated again
+  const variable_list all = Conv2dBackwardFunction::apply(in_front, x, values, rest, wanted);
   return {all[0], all[1], all[2]};
 }
 
@@ -206,6 +240,7 @@ void register_autograd(torch::Library& m) {
 TORCH_LIBRARY_IMPL(lottery_kernels, AutogradCPU, m) {
   register_autograd(m);
   m.impl("conv2d_backward", &conv2d_backward);
+  m.impl("conv2d_relu", &conv2d_relu);
 }
 
 TORCH_LIBRARY_IMPL(lottery_kernels, AutogradCUDA, m) { register_autograd(m); }

@@ -14,6 +14,7 @@ template <class S>
 struct ConvGradients {
   Image<S> dx;
   S* dvalues;
+  S* dbias;
 };
 
 // One share of the backward pass: some tiles, the block columns [begin, end).
@@ -22,10 +23,12 @@ class BackwardShare {
   static constexpr int L = kLanes<S>;
 
  public:
-  // dots: gradients of the values, added to, in the order of the phases' gathers
+  // dots: gradients of the values, added to, in the order of the phases' gathers; bias_sums: null, or [channels of dy],
+  // added to
   BackwardShare(const Pass<S>& pass, const ConvWeight& weight, const Image<const S>& x, const S* values,
-                const ConvGradients<S>& wanted, S* dots)
-      : pass_(pass), weight_(weight), x_(x), values_(values), wanted_(wanted), panel_(pass.panel()) {
+                const ConvGradients<S>& wanted, S* dots, double* bias_sums)
+      : pass_(pass), weight_(weight), x_(x), values_(values), wanted_(wanted), bias_sums_(bias_sums),
+        panel_(pass.panel()) {
     for (const Phase& phase : pass.phases) {
       parts_.push_back({phase, {phase.gather, values, weight.transposed(), pass.window.plane}, dots});
       if (wanted.dvalues) dots += phase.gather.nnz() * weight.r * weight.c;
@@ -36,6 +39,7 @@ class BackwardShare {
     for (int64_t p = first_tile; p < last_tile; ++p) {
       const Tile tile = pass_.tiles[p];
       if (weight_.nnz() > 0) panel_.pack(tile);
+      if (bias_sums_) panel_.add_up(bias_sums_);
       for (int64_t line = begin; line < end; ++line)
         for (const Part& part : parts_) {
           tile_ = part.phase.part(tile);
@@ -62,7 +66,9 @@ class BackwardShare {
     for (int64_t channel = channels.first; channel < channels.first + channels.count; ++channel)
       for (int64_t t = tile_.row; t < tile_.row_end; ++t) {
         const auto dx = pass_.target(part.phase, wanted_.dx, channel, t, tile_);
-        for (int64_t v = 0; v < pass_.run(tile_); ++v) dx.put(v, Vec<S>{});
+        alignas(kVectorBytes) constexpr S zeros[8 * L] = {};
+        cover<8>(pass_.run(tile_),
+                 [&]<int V>(std::integral_constant<int, V>, int64_t v) { dx.template put<V>(v, zeros, 0); });
       }
   }
 
@@ -71,23 +77,22 @@ class BackwardShare {
     const Gather& gather = part.phase.gather;
     const int64_t first = gather.begin(line), count = gather.begin(line + 1) - first, vectors = pass_.run(tile_);
     const int64_t padded = (count + L - 1) / L * L;
-    S* const products = scratch((padded + vectors) * L);
-    S* const x_row = products + padded * L;
+    S* const products = scratch(padded * L);
     std::memset(products, 0, padded * L * sizeof(S));
     for (int64_t t = tile_.row; t < tile_.row_end; ++t) {
       const auto [from, to] = part.phase.inside[t];
       const Range range{first, gather.begin(line, from), gather.begin(line, to)};
-      pass_.target(part.phase, x_, line, t, tile_).copy(vectors, x_row);
+      const auto x = pass_.target(part.phase, x_, line, t, tile_);
       if (wanted_.dx.data) {
         const auto dx = pass_.target(part.phase, wanted_.dx, line, t, tile_);
         cover<kRegisters / 4>(vectors, [&]<int V>(std::integral_constant<int, V>, int64_t v) {
           alignas(kVectorBytes) S sums[V * L];
-          gradients<V, true>(gather, range, panel_.row(t) + v * L, x_row + v * L, products, sums);
+          gradients<V, true>(gather, range, panel_.row(t) + v * L, x, v, products, sums);
           dx.template put<V>(v, sums, 0);
         });
       } else {
         cover<kRegisters / 2>(vectors, [&]<int V>(std::integral_constant<int, V>, int64_t v) {
-          gradients<V, false>(gather, range, panel_.row(t) + v * L, x_row + v * L, products, nullptr);
+          gradients<V, false>(gather, range, panel_.row(t) + v * L, x, v, products, nullptr);
         });
       }
     }
@@ -104,12 +109,13 @@ class BackwardShare {
     int64_t first, k0, k1;
   };
 
-  // products[k] += dy of weight k times x, lane by lane; where DX, sums[V] = the sum of weights times dy.
+  // products[k] += dy of weight k times vectors v … of x, lane by lane; where DX, sums[V] = the sum of weights times
+  // dy.
   template <int V, bool DX>
-  [[gnu::noinline]] void gradients(const Gather& gather, const Range& range, const S* base, const S* x, S* products,
-                                   S* to) const {
+  [[gnu::noinline]] void gradients(const Gather& gather, const Range& range, const S* base, const TargetRow<const S>& x,
+                                   int64_t v, S* products, S* to) const {
     Vec<S> held[V], done[V] = {};
-    for (int i = 0; i < V; ++i) held[i] = load_once(x + i * L);
+    for (int i = 0; i < V; ++i) held[i] = x.get(v + i);
     for (int64_t k = range.k0; k < range.k1;) {
       Vec<S> sums[V] = {};
       for (const int64_t end = std::min(k + kRun, range.k1); k < end; ++k) {
@@ -137,18 +143,18 @@ class BackwardShare {
     for (int64_t t = tile_.row; t < tile_.row_end; ++t) {
       const auto [from, to] = phase.inside[t];
       const int64_t k0 = phase.gather.begin(line, from), k1 = phase.gather.begin(line, to);
-      if (wanted_.dx.data)
-        part.sums.run(
-            k0, k1, panel_.row(t), vectors, channels.count, [](int64_t) { return S(0); },
-            [&](int64_t in) { return pass_.target(phase, wanted_.dx, channels.first + in, t, tile_); });
-      if (!wanted_.dvalues || k0 == k1) continue;
+      const bool dots = wanted_.dvalues && k0 < k1;
       S* const x_rows = scratch(weight_.c * stride);
-      for (int64_t in = 0; in < weight_.c; ++in) {
+      for (int64_t in = 0; dots && in < weight_.c; ++in) {
         S* row = x_rows + in * stride;
         if (in < channels.count) pass_.target(phase, x_, channels.first + in, t, tile_).copy(vectors, row);
         else std::memset(row, 0, stride * sizeof(S));
       }
-      for (int64_t k = k0; k < k1; ++k)
+      if (wanted_.dx.data)
+        part.sums.run(
+            k0, k1, panel_.row(t), vectors, channels.count, [](int64_t) { return S(0); },
+            [&](int64_t in) { return pass_.target(phase, wanted_.dx, channels.first + in, t, tile_); });
+      for (int64_t k = k0; dots && k < k1; ++k)  // streamed stores of dx drain meanwhile
         block_gradient<S>(panel_.row(t) + phase.gather.offset[k], pass_.window.plane, weight_.r, x_rows, stride,
                           weight_.c, vectors, part.dots + k * weight_.r * weight_.c, true);
     }
@@ -165,6 +171,7 @@ class BackwardShare {
   const Image<const S> x_;
   const S* values_;
   const ConvGradients<S>& wanted_;
+  double* bias_sums_;
   std::vector<Part> parts_;
   SourcePanel<S> panel_;
   Tile tile_{};

@@ -5,6 +5,8 @@
 // inputs fall into phases (equal modulo the stride), and every tap reaches the inputs of one phase alone.
 #pragma once
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <utility>
@@ -22,6 +24,7 @@ struct Axis {
   std::vector<char> taken;     // [taps]: whether a tap reaches these targets
 
   int64_t taps() const { return int64_t(shift.size()); }
+  bool takes_all() const { return std::all_of(taken.begin(), taken.end(), [](char one) { return one != 0; }); }
 
   // Lowest and highest shift of the taps taken; {0, -1} if there are none.
   std::pair<int64_t, int64_t> span() const {
@@ -32,6 +35,12 @@ struct Axis {
       found = {std::min(found.first, shift[tap]), std::max(found.second, shift[tap])};
     }
     return found;
+  }
+
+  // Whether every source is read by some target; of axes that walk by one.
+  bool reads_all() const {
+    const auto [low, high] = span();
+    return low <= 0 && targets - 1 + high >= sources - 1;
   }
 
   // Taps [begin, end) outside of which none reads a source for target t.
@@ -130,9 +139,9 @@ struct Gather {
     std::vector<int64_t> at(taps);  // offset of each tap
     for (int64_t tap = 0; tap < taps; ++tap)
       at[tap] = down.shift[tap / width] * window.row + window.column_slot(across.shift[tap % width]) * chunk;
-    int64_t kept = 0;
-    for (int64_t line = 0; line < e.lines; ++line) {
-      const int64_t group = line / lines_per_group;
+    // one line's entries to `kept` and on; where they end
+    const auto gather_line = [&](int64_t line, int64_t kept) {
+      const int64_t first = line / lines_per_group * others;
       int64_t tap = 0, k = e.ptr[line];
       for (int64_t tap_row = 0; tap_row < taps_down; ++tap_row) {
         ptr[line * taps_down + tap_row] = int32_t(kept);
@@ -140,10 +149,22 @@ struct Gather {
           while (e.other[k] >= (tap + 1) * others) ++tap;
           if (tap >= (tap_row + 1) * width) break;
           if (!down.taken[tap_row] || !across.taken[tap - tap_row * width]) continue;
-          offset[kept] = int32_t((group * others + e.other[k] - tap * others) * depth * window.plane + at[tap]);
+          offset[kept] = int32_t((first + e.other[k] - tap * others) * depth * window.plane + at[tap]);
           position[kept++] = int32_t(e.at(k));
         }
       }
+      return kept;
+    };
+    int64_t kept = 0;
+    if (down.takes_all() && across.takes_all()) {  // then an entry keeps its number
+      constexpr int64_t kWorth = 8192;  // entries worth waking a thread
+      kept = e.nnz();
+      at::parallel_for(0, e.lines, std::max<int64_t>(1, e.lines * kWorth / std::max<int64_t>(1, kept)),
+                       [&](int64_t begin, int64_t end) {
+                         for (int64_t line = begin; line < end; ++line) gather_line(line, e.ptr[line]);
+                       });
+    } else {
+      for (int64_t line = 0; line < e.lines; ++line) kept = gather_line(line, kept);
     }
     ptr.back() = int32_t(kept);
     offset.resize(kept);

@@ -56,9 +56,11 @@ struct Tiles {
 template <class S>
 class SourcePanel {
  public:
-  SourcePanel(const Image<const S>& x, const ChannelGroups& channels, const Axis& down, const Axis& across,
-              const Window& window, const Tiles& tiles)
-      : x_(x), channels_(channels), down_(down), across_(across), window_(window), chunk_(tiles.chunk),
+  // relu: where there is data, the output of a ReLU: what is packed is x as the gradient behind it, made the gradient
+  // in front of it
+  SourcePanel(const Image<const S>& x, const Image<const S>& relu, const ChannelGroups& channels, const Axis& down,
+              const Axis& across, const Window& window, const Tiles& tiles)
+      : x_(x), relu_(relu), channels_(channels), down_(down), across_(across), window_(window), chunk_(tiles.chunk),
         used_rows_(down.walk), used_phases_(across.walk), buffer_(buffer(channels.padded_total() * window.plane)) {
     for (int64_t tap = 0; tap < down.taps(); ++tap)
       if (down.taken[tap]) used_rows_[(down.shift[tap] - window.lowest_row) % down.walk] = 1;
@@ -79,9 +81,30 @@ class SourcePanel {
       if (kept > 0) std::memmove(plane, plane + (begin - begin_) * window_.row, kept * window_.row * sizeof(S));
       for (int64_t row = begin + kept; row < end; ++row)
         if (used_rows_[(row - top) % down_.walk])
-          pack_row(x_.row(channel, row), tile, plane + (row - begin) * window_.row);
+          pack_row(channel, row, tile, plane + (row - begin) * window_.row);
     }
     tile_ = tile, begin_ = begin, end_ = std::max(begin, end);
+  }
+
+  // Adds to sums[c] the sources in channel c of the tile packed last: over all tiles each source once, if the gather
+  // walks by one and reads every source (`reads_all`).
+  void add_up(double* sums) const {
+    const auto [row, row_end] = own(down_, window_.lowest_row, tile_.row, tile_.row_end);
+    const auto [col, col_end] = own(across_, window_.lowest_col, tile_.col, tile_.col_end);
+    const int64_t size = (col_end - col) * chunk_, left = tile_.col + window_.lowest_col;
+    for (int64_t channel = 0; channel < x_.channels; ++channel) {
+      const S* plane = buffer_ + channels_.padded(channel) * window_.plane + (col - left) * chunk_;
+      Vec<S> parts[4] = {};
+      for (int64_t y = row; y < row_end; ++y) {
+        const S* run = plane + (y - begin_) * window_.row;
+        int64_t i = 0;
+        for (; i + 4 * kLanes<S> <= size; i += 4 * kLanes<S>)
+          for (int part = 0; part < 4; ++part) parts[part] += load(run + i + part * kLanes<S>);
+        for (; i < size; i += kLanes<S>) parts[0] += load(run + i);
+      }
+      const Vec<S> sum = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+      for (int lane = 0; lane < kLanes<S>; ++lane) sums[channel] += double(sum[lane]);
+    }
   }
 
   // What offsets of the gather are added to, for row `t` of the targets.
@@ -93,38 +116,62 @@ class SourcePanel {
     return held.at_least(size);
   }
 
-  void pack_row(const S* from, const Tile& tile, S* to) const {
-    const int64_t left = across_.walk * tile.col + window_.lowest_col;
-    const int64_t count = std::min(chunk_, x_.batch - tile.n0), slots = window_.slots;
-    for (int64_t phase = 0; phase < window_.phases; ++phase) {
-      if (!used_phases_[phase]) continue;
-      S* run = to + phase * window_.slots * chunk_;
+  // Sources [first, last) of an axis that count as those of targets [begin, end).
+  static std::pair<int64_t, int64_t> own(const Axis& axis, int64_t lowest, int64_t begin, int64_t end) {
+    const auto inside = [&](int64_t source) { return std::clamp<int64_t>(source, 0, axis.sources); };
+    return {begin == 0 ? 0 : inside(begin + lowest), end == axis.targets ? axis.sources : inside(end + lowest)};
+  }
+
+  void pack_row(int64_t channel, int64_t row, const Tile& tile, S* to) const {
+    const int64_t left = across_.walk * tile.col + window_.lowest_col, count = std::min(chunk_, x_.batch - tile.n0);
+    const int64_t phases = window_.phases, slots = window_.slots;
+    const S* from = x_.row(channel, row) + tile.n0;
+    const S* relu = relu_.data ? relu_.row(channel, row) + tile.n0 : nullptr;
+    // columns [col, col + columns) of the image, side by side in the panel
+    const auto pack_columns = [&](int64_t col, int64_t columns, S* chunk) {
+      const int64_t at = col * x_.batch;
+      pack_chunk(from + at, relu ? relu + at : nullptr, columns * count, columns * chunk_, chunk);
+    };
+    if (phases == 1 && count == x_.batch && count == chunk_) {
       // slots [first, last) lie inside the image
-      const int64_t walk = across_.walk, start = left + phase;
-      const int64_t first = std::clamp<int64_t>(start < 0 ? (-start + walk - 1) / walk : 0, 0, slots);
-      const int64_t inside = start < x_.width ? (x_.width - start + walk - 1) / walk : 0;
-      const int64_t last = std::clamp<int64_t>(inside, first, slots);
-      std::memset(run, 0, first * chunk_ * sizeof(S));
-      const S* source = from + (start + first * walk) * x_.batch + tile.n0;
-      if (walk == 1 && count == x_.batch && count == chunk_) {
-        std::memcpy(run + first * chunk_, source, (last - first) * chunk_ * sizeof(S));
-      } else {
-        for (int64_t slot = first; slot < last; ++slot, source += walk * x_.batch)
-          pack_chunk(source, count, run + slot * chunk_);
-      }
-      std::memset(run + last * chunk_, 0, (slots - last) * chunk_ * sizeof(S));
+      const int64_t first = std::clamp<int64_t>(-left, 0, slots);
+      const int64_t last = std::clamp<int64_t>(x_.width - left, first, slots);
+      std::memset(to, 0, first * chunk_ * sizeof(S));
+      pack_columns(left + first, last - first, to + first * chunk_);
+      std::memset(to + last * chunk_, 0, (slots - last) * chunk_ * sizeof(S));
+      return;
     }
+    for (int64_t slot = 0, col = left; slot < slots; ++slot)
+      for (int64_t phase = 0; phase < phases; ++phase, ++col) {
+        if (!used_phases_[phase]) continue;
+        S* chunk = to + (phase * slots + slot) * chunk_;
+        if (col >= 0 && col < x_.width) pack_columns(col, 1, chunk);
+        else std::memset(chunk, 0, chunk_ * sizeof(S));
+      }
   }
 
-  void pack_chunk(const S* from, int64_t count, S* to) const {
+  // Entries [0, count), behind them zeros up to `size`, a whole number of vectors.
+  static void pack_chunk(const S* from, const S* relu, int64_t count, int64_t size, S* to) {
+    if (!relu && count == size) {
+      std::memcpy(to, from, size * sizeof(S));
+      return;
+    }
+    constexpr int64_t L = kLanes<S>;
+    const auto value = [&](int64_t n) {
+      return relu ? relu_gradient<S>(load(relu + n), load(from + n)) : load(from + n);
+    };
     int64_t n = 0;
-    for (; n + kLanes<S> <= count; n += kLanes<S>) store(to + n, load(from + n));
-    if (n == chunk_) return;
-    std::memcpy(to + n, from + n, (count - n) * sizeof(S));
-    std::memset(to + count, 0, (chunk_ - count) * sizeof(S));
+    for (; n + L <= count; n += L) store(to + n, value(n));
+    if (n < count) {
+      store(to + n, Vec<S>{});
+      if (n > 0) store(to + count - L, value(count - L));  // over the end of the vector before
+      else for (int64_t i = 0; i < count; ++i) to[i] = relu && relu[i] <= S(0) ? S(0) : from[i];
+      n += L;
+    }
+    for (; n < size; n += L) store(to + n, Vec<S>{});
   }
 
-  const Image<const S> x_;
+  const Image<const S> x_, relu_;
   const ChannelGroups channels_;
   const Axis &down_, &across_;
   const Window& window_;
@@ -146,23 +193,28 @@ class TargetRow {
       : begin_(begin), step_(step * batch), shift_(vectors == 4 ? 2 : vectors == 2 ? 1 : 0), left_(left),
         streams_(past_cache && is_aligned(begin) && batch % kLanes<S> == 0) {}
 
+  // The same row, which what is put passes through ReLU.
+  TargetRow rectified(bool with_relu) const {
+    TargetRow row = *this;
+    row.with_relu_ = with_relu;
+    return row;
+  }
+
   // batch entries of vector v that exist
   int64_t count(int64_t v) const { return left_ - part(v) * kLanes<S>; }
 
-  // Vectors [0, vectors) to `to`; entries that do not exist are zero.
+  // Entries that do not exist are zero.
+  Vec<S> get(int64_t v) const {
+    return count(v) >= kLanes<S> ? load(at(v)) : get_part(at(v), std::max<int64_t>(0, count(v)));
+  }
+
+  // Vectors [0, vectors) to `to`.
   void copy(int64_t vectors, S* to) const {
-    for (int64_t v = 0; v < vectors; ++v, to += kLanes<S>) {
-      if (count(v) >= kLanes<S>) {
-        store(to, load(at(v)));
-      } else {
-        const int64_t existing = std::max<int64_t>(0, count(v));
-        std::memcpy(to, at(v), existing * sizeof(S));
-        std::memset(to + existing, 0, (kLanes<S> - existing) * sizeof(S));
-      }
-    }
+    for (int64_t v = 0; v < vectors; ++v) store(to + v * kLanes<S>, get(v));
   }
 
   void put(int64_t v, Vec<S> value) const {
+    if (with_relu_) value = relu<S>(value);
     if (streams_) stream(at(v), value);
     else if (count(v) >= kLanes<S>) store(at(v), value);
     else if (count(v) > 0) put_part(at(v), value, count(v));
@@ -171,11 +223,18 @@ class TargetRow {
   // `first` + `sums` [V, lanes] to vectors v …
   template <int V>
   [[gnu::noinline]] void put(int64_t v, const S* sums, S first) const {
-    for (int i = 0; i < V; ++i) put(v + i, load(sums + i * kLanes<S>) + first);
+    const TargetRow row = *this;  // in registers: for all the compiler knows, what is written is *this
+    for (int i = 0; i < V; ++i) row.put(v + i, load(sums + i * kLanes<S>) + first);
   }
 
  private:
   // Not inlined: the vector's address would be taken, and with it the sums would lie in memory.
+  [[gnu::noinline]] static Vec<S> get_part(const S* from, int64_t count) {
+    S tail[kLanes<S>] = {};
+    std::memcpy(tail, from, count * sizeof(S));
+    return load(tail);
+  }
+
   [[gnu::noinline]] static void put_part(S* to, Vec<S> value, int64_t count) {
     std::memcpy(to, &value, count * sizeof(S));
   }
@@ -187,7 +246,7 @@ class TargetRow {
   int64_t step_;
   int shift_;
   int64_t left_;
-  bool streams_;
+  bool streams_, with_relu_ = false;
 };
 
 }  // namespace lottery

@@ -1,6 +1,7 @@
 // A pass over the tiles of a convolution's targets, and the sums of one line of live blocks in it.
 #pragma once
 
+#include <array>
 #include <limits>
 #include <utility>
 
@@ -32,7 +33,7 @@ struct LineChannels {
 inline double packing_cost(const Axis& down, const Window& window, const Tiling& tiling) {
   const double row = double(window.phases * window.slots) / tiling.cols;
   const double kept = std::max<int64_t>(0, window.rows - tiling.rows * down.walk);
-  return row * (down.walk * (1 + 2. / tiling.vectors) + 0.5 * kept / tiling.rows);
+  return row * (down.walk * (1 + 1.25 / tiling.vectors) + 0.5 * kept / tiling.rows);
 }
 
 // The cheapest tiles whose panel fits the second-level cache and whose runs fill the registers.
@@ -85,7 +86,7 @@ template <class S>
 struct Pass {
   Axis down, across;  // of all phases
   BlockedChannels sources, targets;
-  Image<const S> source;
+  Image<const S> source, relu;  // relu: null, or the output of a ReLU behind which `source` is the gradient
   Tiling tiling;
   Tiles tiles;
   Window window;
@@ -93,8 +94,8 @@ struct Pass {
   std::vector<Phase> phases;
 
   Pass(const Axis& down, const Axis& across, const BlockedChannels& sources, const BlockedChannels& targets,
-       const Image<const S>& source)
-      : down(down), across(across), sources(sources), targets(targets), source(source),
+       const Image<const S>& source, const Image<const S>& relu = {})
+      : down(down), across(across), sources(sources), targets(targets), source(source), relu(relu),
         tiling(choose_tiling(down, across, sources.channels.padded_total(), source.batch, kLanes<S>, sizeof(S))),
         tiles{tiling, tiling.vectors * kLanes<S>, down.targets, across.targets, source.batch},
         window(down, across, tiling, kLanes<S>),
@@ -107,7 +108,7 @@ struct Pass {
         Gather(entries, sources.channels.groups, others, sources.depth, down, across, window, tiles.chunk));
   }
 
-  SourcePanel<S> panel() const { return {source, sources.channels, down, across, window, tiles}; }
+  SourcePanel<S> panel() const { return {source, relu, sources.channels, down, across, window, tiles}; }
 
   template <class T>
   TargetRow<T> target(const Phase& phase, const Image<T>& image, int64_t channel, int64_t t, const Tile& tile) const {
@@ -155,10 +156,14 @@ class LineSums {
   void rows(int64_t k0, int64_t k1, const S* base, int64_t vectors, int64_t out, const First& first,
             const Targets& targets) const {
     constexpr int L = kLanes<S>;
+    // of each output, what its sums begin with and where they go
+    const auto ends = [&]<int... r>(std::integer_sequence<int, r...>) {
+      return std::pair{std::array<S, R>{first(out + r)...}, std::array<TargetRow<S>, R>{targets(out + r)...}};
+    }(std::make_integer_sequence<int, R>{});
     cover<kRegisters / 2 / R>(vectors, [&]<int V>(std::integral_constant<int, V>, int64_t v) {
       alignas(kVectorBytes) S sums[R * V * L];
       add<R, V, INS>(k0, k1, base + v * L, out, sums);
-      for (int r = 0; r < R; ++r) targets(out + r).template put<V>(v, sums + r * V * L, first(out + r));
+      for (int r = 0; r < R; ++r) ends.second[r].template put<V>(v, sums + r * V * L, ends.first[r]);
     });
   }
 

@@ -2,8 +2,9 @@
 // image as long as a sparse convolution; and panels in small pages miss the TLB at nearly every live weight.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
-#include <map>
+#include <list>
 #include <mutex>
 #include <new>
 #if defined(__linux__)
@@ -63,8 +64,8 @@ class Scratch {
   size_t bytes_ = 0;
 };
 
-// Blocks of freed images, for the next ones of their size. Never holds more than makes up, with what is in use, the
-// most that ever was in use at once.
+// Blocks of freed images, for the next ones of their size. With what is in use it holds up to half as much again as was
+// ever in use at once: not all sizes that a training step asks for are in use at the same time.
 class Pool {
  public:
   static Pool& instance() {
@@ -76,30 +77,35 @@ class Pool {
   void* take(size_t bytes) {
     const std::lock_guard lock(mutex_);
     in_use_ += bytes;
-    if (const auto found = held_.find(bytes); found != held_.end()) {
-      void* block = found->second;
-      held_.erase(found), held_bytes_ -= bytes;
-      return block;
-    }
     most_ = std::max(most_, in_use_);
-    while (held_bytes_ + in_use_ > most_) {
-      const auto largest = std::prev(held_.end());
-      held_bytes_ -= largest->first;
-      std::free(largest->second);
-      held_.erase(largest);
+    const auto fits = [&](const Block& block) { return block.bytes == bytes; };
+    if (const auto found = std::find_if(held_.begin(), held_.end(), fits); found != held_.end()) {
+      void* data = found->data;
+      held_.erase(found), held_bytes_ -= bytes;
+      return data;
+    }
+    while (held_bytes_ > 0 && held_bytes_ + in_use_ > most_ + most_ / 2) {
+      held_bytes_ -= held_.back().bytes;
+      std::free(held_.back().data);
+      held_.pop_back();
     }
     return allocate_large(bytes);
   }
 
-  void give_back(void* block, size_t bytes) {
+  void give_back(void* data, size_t bytes) {
     const std::lock_guard lock(mutex_);
     in_use_ -= bytes, held_bytes_ += bytes;
-    held_.emplace(bytes, block);
+    held_.push_front({data, bytes});
   }
 
  private:
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+
   std::mutex mutex_;
-  std::multimap<size_t, void*> held_;
+  std::list<Block> held_;  // freed last, first
   size_t in_use_ = 0, held_bytes_ = 0, most_ = 0;
 };
 

@@ -78,7 +78,7 @@ def nothing_to_save(weight_shape: Sequence[int], groups: int, dtype: torch.dtype
 
 
 def _launchers() -> dict[str, Callable[..., torch.Tensor]]:
-    from . import conv, linear
+    from . import conv, conv_wgrad, linear
 
     return {
         "linear": linear.product,
@@ -86,7 +86,7 @@ def _launchers() -> dict[str, Callable[..., torch.Tensor]]:
         "linear_wgrad": linear.block_gradient,
         "conv2d": conv.product,
         "conv2d_dgrad": conv.transposed_product,
-        "conv2d_wgrad": conv.block_gradient,
+        "conv2d_wgrad": conv_wgrad.block_gradient,
     }
 
 

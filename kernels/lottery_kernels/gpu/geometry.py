@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..pattern import Grid
+from ..pattern import Grid, Pattern
 from .launch import Index, Lines
 
 
@@ -58,23 +58,27 @@ class Geometry(NamedTuple):
         """
         (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w) = self
         if stride_h == stride_w == 1:
-            return Lines(arrays.t_ptr, arrays.t_row, arrays.t_index, arrays.column_order)
+            return Lines(arrays.t_ptr, arrays.t_row, arrays.t_index, arrays.column, arrays.column_order)
         cache = _by_phase.setdefault(arrays.t_row, {})
         if self not in cache:
             device, columns = arrays.t_row.device, grid.groups * grid.cols
             tap = arrays.t_row.long() // grid.rows
             phase_h = (tap // weight_shape[3] * dilation_h - pad_h) % stride_h
             phase_w = (tap % weight_shape[3] * dilation_w - pad_w) % stride_w
-            entry = torch.arange(tap.shape[0], device=device)
-            column = torch.searchsorted(arrays.t_ptr.long(), entry, right=True) - 1
-            key, order = torch.sort((phase_h * stride_w + phase_w) * columns + column, stable=True)
+            key, order = torch.sort((phase_h * stride_w + phase_w) * columns + arrays.column, stable=True)
             ends = torch.arange(stride_h * stride_w * columns + 1, device=device)
             begin = torch.searchsorted(key, ends).int()
-            cache[self] = Lines(begin, arrays.t_row[order], arrays.t_index[order], arrays.column_order)
+            row, entry, line = (array[order] for array in (arrays.t_row, arrays.t_index, arrays.column))
+            cache[self] = Lines(begin, row, entry, line, arrays.column_order)
         return cache[self]
 
 
 _by_phase: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # t_row -> {Geometry: Lines}
+
+
+def check_groups(pattern: Pattern, groups: int) -> None:
+    if groups != pattern.groups:
+        raise ValueError(f"groups={groups}, but the pattern was made for {pattern.groups}")
 
 
 def pair(sizes: Sequence[int]) -> tuple[int, int]:

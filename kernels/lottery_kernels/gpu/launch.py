@@ -16,7 +16,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from .settings import Target, Tile, precision, product_tile, unsupported, wgrad_split, wgrad_tile
+from ..pattern import runs
+from .settings import (
+    Target,
+    Tile,
+    halves,
+    lines_together,
+    precision,
+    product_tile,
+    unsupported,
+    wgrad_split,
+    wgrad_tile,
+)
 from .tune import Sizes, best_tile
 
 
@@ -36,27 +47,82 @@ def row_offsets(o_m, STRIDE: tl.constexpr):
 
 
 @triton.jit
+def pixel_offsets(
+    i_image,
+    h,
+    w,
+    IMAGES: tl.constexpr,
+    H: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+):
+    """Where pixels (h, w) of a few neighbouring images with H rows lie, in 32 bits where they hold it."""
+    if IMAGES * STRIDE_N + H * STRIDE_H < 2**30:
+        return i_image * STRIDE_N + (h * STRIDE_H + w * STRIDE_W)
+    else:
+        return i_image.to(tl.int64) * STRIDE_N + (h.to(tl.int64) * STRIDE_H + w * STRIDE_W)
+
+
+@triton.jit
+def load_rows(ptr, m, STRIDE: tl.constexpr, o, m_features, m_rows, TAIL: tl.constexpr, EVEN_M: tl.constexpr):
+    """A tile of rows from m on, zero where masked; TAIL: features are; EVEN_M: rows are not."""
+    # The row is added to the pointer, not the pointer moved on from step to step: that would take two additions each.
+    p = ptr + tl.cast(m, tl.int64) * STRIDE + o
+    if EVEN_M:
+        return tl.load(p, mask=m_features if TAIL else None, other=0.0 if TAIL else None)
+    else:
+        return tl.load(p, mask=m_features & m_rows if TAIL else m_rows, other=0.0)
+
+
+@triton.jit
 def store_tile(
     y_ptr,
     bias_ptr,
     b_y,
-    o_m,
+    b_y1,
+    n,
+    columns,
     o_n,
+    rows,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """Writes b_y [BM, BN] + bias, and with HALVES of rows the other half b_y1, from column n on, of which `columns` are
+    left. `rows` are where rows lie in y and which exist, of b_y and of b_y1; with EVEN_M and EVEN_N all exist."""
+    store_rows(y_ptr, bias_ptr, b_y, n, columns, o_n, rows[0], rows[1], EVEN_M, EVEN_N, HAS_BIAS, RELU)
+    if HALVES == "rows":
+        store_rows(y_ptr, bias_ptr, b_y1, n, columns, o_n, rows[2], rows[3], EVEN_M, EVEN_N, HAS_BIAS, RELU)
+
+
+@triton.jit
+def store_rows(
+    y_ptr,
+    bias_ptr,
+    b_y,
+    n,
+    columns,
+    o_n,
+    o_m,
     m_m,
-    m_n,
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """y[o_m + o_n] = b_y [BM, BN] + bias[o_n] where m_m and m_n; with EVEN_M, EVEN_N these are all true."""
+    """One half of `store_tile`, or all of it."""
+    m_n = o_n < columns
     if HAS_BIAS:
-        b_bias = tl.load(bias_ptr + o_n) if EVEN_N else tl.load(bias_ptr + o_n, mask=m_n, other=0.0)
+        p_bias = bias_ptr + n + o_n
+        b_bias = tl.load(p_bias) if EVEN_N else tl.load(p_bias, mask=m_n, other=0.0)
         b_y += b_bias.to(tl.float32)[None, :]
     if RELU:
         b_y = tl.maximum(b_y, 0.0)
     b_y = b_y.to(y_ptr.dtype.element_ty)
-    p_y = y_ptr + (o_m[:, None] + o_n[None, :])
+    p_y = (y_ptr + n) + (o_m[:, None] + o_n[None, :])
     if EVEN_M and EVEN_N:
         tl.store(p_y, b_y)
     elif EVEN_M:
@@ -73,37 +139,46 @@ def store_block(
     alive_ptr,
     b_dw,
     o_out,
+    i_entry,
     i_part,
     nnz,
     SIZE: tl.constexpr,
     SPLIT: tl.constexpr,
     HAS_ALIVE: tl.constexpr,
 ):
-    """A tile of wgrad at o_out of out [nnz · SIZE], zero where not alive; with SPLIT into part i_part of the sums."""
+    """A tile of wgrad at o_out of block i_entry, zero where not alive; with SPLIT into part i_part of the sums."""
+    first = tl.cast(i_entry, tl.int64) * SIZE
     if SPLIT:
-        tl.store(out_ptr + tl.cast(i_part, tl.int64) * nnz * SIZE + o_out, b_dw)
+        tl.store(out_ptr + (tl.cast(i_part, tl.int64) * nnz * SIZE + first) + o_out, b_dw)
     else:
         if HAS_ALIVE:
-            b_dw = tl.where(tl.load(alive_ptr + o_out) != 0, b_dw, 0.0)
-        tl.store(out_ptr + o_out, b_dw.to(out_ptr.dtype.element_ty))
+            b_dw = tl.where(tl.load(alive_ptr + first + o_out) != 0, b_dw, 0.0)
+        tl.store(out_ptr + first + o_out, b_dw.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
 def add_parts_kernel(
-    parts_ptr, out_ptr, alive_ptr, size, PARTS: tl.constexpr, HAS_ALIVE: tl.constexpr, BLOCK: tl.constexpr
+    parts_ptr,
+    out_ptr,
+    alive_ptr,
+    size,
+    PARTS: tl.constexpr,
+    HAS_ALIVE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """out [size] = the sum of parts [PARTS, size], first to last; zero where not alive."""
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = o < size
+    """out [size] = the sum of parts [PARTS, size], first to last; zero where not alive. EVEN: BLOCK divides size."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    o = tl.arange(0, BLOCK)
+    m = None if EVEN else o < size - first
     b = tl.zeros((BLOCK,), dtype=tl.float32)
     for i in range(PARTS):
-        b += tl.load(parts_ptr + tl.cast(i, tl.int64) * size + o, mask=m, other=0.0)
+        b += tl.load(parts_ptr + (tl.cast(i, tl.int64) * size + first) + o, mask=m, other=None if EVEN else 0.0)
     if HAS_ALIVE:
-        b = tl.where(tl.load(alive_ptr + o, mask=m, other=0) != 0, b, 0.0)
-    tl.store(out_ptr + o, b.to(out_ptr.dtype.element_ty), mask=m)
+        b = tl.where(tl.load(alive_ptr + first + o, mask=m, other=None if EVEN else 0) != 0, b, 0.0)
+    tl.store(out_ptr + first + o, b.to(out_ptr.dtype.element_ty), mask=m)
 
 
-SUMS = {"matmul": 128, "conv": 64}  # registers of a thread for results: convolutions keep coordinates of pixels too
 MOST_PROGRAMS = 2**31 - 1  # of a CUDA grid's first dimension
 
 
@@ -116,6 +191,7 @@ class Index(NamedTuple):
     t_row: Tensor
     t_index: Tensor
     row: Tensor
+    column: Tensor
     row_order: Tensor
     column_order: Tensor
     alive: Tensor | None
@@ -123,13 +199,13 @@ class Index(NamedTuple):
     @classmethod
     def of(cls, index: Sequence[Tensor]) -> Index:
         alive = index[-1] if index[-1].dtype == torch.bool else None
-        if len(index) != (8 if alive is None else 9):
+        if len(index) != (9 if alive is None else 10):
             where = index[0].device
             raise ValueError(
                 f"index holds {len(index)} arrays on {where}; GPU kernels take Pattern.scheduled_index, which is the "
                 "index of a pattern on a CUDA device"
             )
-        return cls._make([*index[:8], alive])
+        return cls._make([*index[:9], alive])
 
     @property
     def nnz(self) -> int:
@@ -143,11 +219,13 @@ class Index(NamedTuple):
 
 class Lines(NamedTuple):
     """The blocks that a product walks: line n has entries i from `begin[n]` to `begin[n + 1]`, whose block is
-    `block[i]` and whose values are at `entry[i]`, or at i without `entry`. `order` lists the lines, longest first."""
+    `block[i]`, whose values are at `entry[i]`, or at i without `entry`, and whose `line[i]` is n. `order` is that of
+    `Pattern.schedule`."""
 
     begin: Tensor
     block: Tensor
     entry: Tensor | None  # of the transposed index only
+    line: Tensor
     order: Tensor
 
 
@@ -199,12 +277,14 @@ def launch_product(
     operator: str,
     target: Target,
     phases: int = 1,
+    groups: int = 1,
     **constants: Any,
 ) -> None:
     """Forward, or dgrad over the transposed index: y from `tensors` = x, values, bias, y.
 
     Args:
         rows: of activations in the result, for each of `phases`.
+        groups: of a convolution: a line's columns of x are those of its group.
         operator: whose switch says how fp32 is multiplied, "matmul" or "conv".
         constants: what else the kernel wants.
     """
@@ -212,16 +292,19 @@ def launch_product(
     r, c = values.shape[1:]
     depth, cols, step_k, step_n = (c, r, 1, c) if lines.entry is None else (r, c, c, 1)
     mode = precision(x.dtype, operator, target)
-    table = product_tile(rows, cols, depth, x.dtype, mode, target, SUMS[operator])
-    count, transposed = lines.order.shape[0], lines.entry is not None
+    table = product_tile(rows, cols, depth, x.dtype, mode, target, operator == "conv")
+    count, transposed = (lines.begin.shape[0] - 1) // phases, lines.entry is not None
     packed, added = values.contiguous(), None if bias is None else bias.contiguous()
 
     def run(tile: Tile) -> None:
-        tiles = triton.cdiv(rows, tile.rows)
+        tiles, per_line = triton.cdiv(rows, tile.rows), cols // tile.cols
+        # With coordinates of pixels too, a thread has no registers left to write a wide tile inside the loop.
+        alone = groups > 1 or (operator == "conv" and tile.cols >= 64)
+        together = 1 if alone else lines_together(phases * tiles * count * per_line, target)
         launch(
             kernel,
-            phases * tiles * count * (cols // tile.cols),
-            (x, packed, added, y, *lines, tiles, count, rows),
+            phases * tiles * triton.cdiv(count, together) * per_line,
+            (x, packed, added, y, *lines[:4], runs(lines.order, count, together), tiles, count, rows),
             tile,
             BLOCK_K=depth,
             BLOCK_N=cols,
@@ -231,6 +314,8 @@ def launch_product(
             BN=tile.cols,
             BK=tile.depth,
             GROUP=tile.group,
+            LINES=together,
+            HALVES=halves(tile.depth, min(tile.rows, tile.cols), tile.rows, tile.warps, x.dtype, mode, target),
             EVEN_M=rows % tile.rows == 0,
             TRANSPOSED=transposed,
             HAS_BIAS=bias is not None,
@@ -271,6 +356,7 @@ def launch_wgrad(
             BM=tile.rows,
             BR=tile.cols,
             BC=tile.depth,
+            HALVES=halves(tile.rows, min(tile.cols, tile.depth), 0, tile.warps, x.dtype, mode, target),
             EVEN_M=rows % tile.rows == 0,
             SPLIT=parts > 1,
             HAS_ALIVE=index.alive is not None,
@@ -279,10 +365,10 @@ def launch_wgrad(
         )
         if parts > 1:
             size = dvalues.numel()
-            options = {"PARTS": parts, "HAS_ALIVE": index.alive is not None, "BLOCK": 1024}
+            options = {"PARTS": parts, "HAS_ALIVE": index.alive is not None, "EVEN": size % 1024 == 0, "BLOCK": 1024}
             launch(add_parts_kernel, triton.cdiv(size, 1024), (sums, dvalues, index.alive_bytes, size), None, **options)
 
-    table = wgrad_tile((r, c), x.dtype, mode, target, SUMS[operator])
+    table = wgrad_tile(rows, (r, c), x.dtype, mode, target)
     traits = (x.dtype, mode, index.alive is not None)
     run(best_tile(kernel, table, (r, c), traits, Sizes(rows, 1, nnz), target, run, fixed=("group",)))
 

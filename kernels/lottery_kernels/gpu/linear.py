@@ -1,8 +1,8 @@
 """Block-sparse linear layers on a GPU: kernels, then their launchers.
 
-Activations are row-major. Forward and dgrad are one kernel: a program walks the live blocks of one block row (dgrad:
-of one block column, through the transposed index, so that values are never copied). wgrad computes live blocks only;
-where they are few the batch is cut into parts, whose partial sums a second kernel adds in a fixed order.
+Activations are row-major. Forward and dgrad are one kernel: a program walks the live blocks of a few block rows (dgrad:
+block columns, through the transposed index, so that values are never copied). wgrad computes live blocks only; where
+they are few the batch is cut into parts, whose partial sums a second kernel adds in a fixed order.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .launch import (
     grouped_tile,
     launch_product,
     launch_wgrad,
+    load_rows,
     row_offsets,
     store_block,
     store_tile,
@@ -28,7 +29,7 @@ from .launch import (
 from .settings import Target, row_major
 
 
-@triton.jit(do_not_specialize=["tiles", "lines", "M"])
+@triton.jit(do_not_specialize=["tiles", "lines", "M"], do_not_specialize_on_alignment=["order_ptr"])
 def linear_product_kernel(
     x_ptr,
     values_ptr,
@@ -37,6 +38,7 @@ def linear_product_kernel(
     begin_ptr,
     block_ptr,
     entry_ptr,
+    line_ptr,
     order_ptr,
     tiles,
     lines,
@@ -52,6 +54,8 @@ def linear_product_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    LINES: tl.constexpr,
+    HALVES: tl.constexpr,
     EVEN_M: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -60,48 +64,82 @@ def linear_product_kernel(
 ):
     """y [M, N] = x [M, K] · B + bias, where line n of B has entries i from `begin_ptr[n]` to `begin_ptr[n + 1]`: blocks
     `[BLOCK_K, BLOCK_N]` at block row `block_ptr[i]`, their values at `entry_ptr[i]` if TRANSPOSED, else at i, with
-    strides STEP_K and STEP_N. Rows of x are STRIDE_X apart, y is contiguous."""
+    strides STEP_K and STEP_N; `line_ptr[i]` is n. Rows of x are STRIDE_X apart, y is contiguous.
+
+    A program walks the entries of LINES lines in one loop; HALVES is explained in `settings.halves`."""
     PER_BLOCK: tl.constexpr = BLOCK_K // BK  # steps of the loop that a block takes
     PER_LINE: tl.constexpr = BLOCK_N // BN
     EVEN_N: tl.constexpr = N % BLOCK_N == 0
     TAIL_K: tl.constexpr = K % BLOCK_K != 0
-    i_m, i_n = grouped_tile(tl.program_id(0), tiles, lines * PER_LINE, GROUP)
-    i_line = tl.load(order_ptr + i_n // PER_LINE)
-    begin = tl.load(begin_ptr + i_line)
-    end = tl.load(begin_ptr + i_line + 1)
-    o_n = i_n % PER_LINE * BN + tl.arange(0, BN)  # within the line
-    o_y = i_line * BLOCK_N + o_n
-    o_m = tl.arange(0, BM)  # within the tile
+    OTHER: tl.constexpr = 0.0 if TAIL_K else None
+    HM: tl.constexpr = BM // 2 if HALVES == "rows" else BM
+    HK: tl.constexpr = BK // 2 if HALVES == "depth" else BK
+    i_m, i_n = grouped_tile(tl.program_id(0), tiles, tl.cdiv(lines, LINES) * PER_LINE, GROUP)
+    first_line = tl.load(order_ptr + i_n // PER_LINE) * LINES
+    last_line = tl.minimum(first_line + LINES, lines)
+    begin = tl.load(begin_ptr + first_line)
+    end = tl.load(begin_ptr + last_line)
+    first_n = i_n % PER_LINE * BN  # within a line
     first = i_m * BM
+    rows = M - first
+    o_m = tl.arange(0, HM)
+    o_n = tl.arange(0, BN)
+    o_k = tl.arange(0, HK)
     y_ptr += first.to(tl.int64) * N
-    b_y = tl.zeros((BM, BN), dtype=tl.float32)
-    if begin == end:  # nothing to read and nothing to add up
-        store_tile(
-            y_ptr, bias_ptr, b_y, row_offsets(o_m, N), o_y, o_m < M - first, o_y < N, EVEN_M, EVEN_N, HAS_BIAS, RELU
-        )
+    at = (row_offsets(o_m, N), o_m < rows, row_offsets(HM + o_m, N), HM + o_m < rows)
+    b_y = tl.zeros((HM, BN), dtype=tl.float32)
+    b_y1 = b_y  # the other half of the rows
+    for line in range(first_line, last_line):
+        if tl.load(begin_ptr + line) == tl.load(begin_ptr + line + 1):  # nothing to read and nothing to add up
+            n = line * BLOCK_N + first_n
+            store_tile(y_ptr, bias_ptr, b_y, b_y1, n, N - n, o_n, at, EVEN_M, EVEN_N, HAS_BIAS, RELU, HALVES)
+    if begin == end:
         return
 
-    o_k = tl.arange(0, BK)
     # Rows behind the last are read as the last and not written: that saves a mask in the loop.
-    o_x = o_m if EVEN_M else tl.minimum(o_m, M - 1 - first)
-    p_x = x_ptr + first.to(tl.int64) * STRIDE_X + (row_offsets(o_x, STRIDE_X)[:, None] + o_k[None, :])
-    p_b = values_ptr + (o_k[:, None] * STEP_K + o_n[None, :] * STEP_N)
+    x_ptr += first.to(tl.int64) * STRIDE_X
+    o_x = row_offsets(o_m if EVEN_M else tl.minimum(o_m, rows - 1), STRIDE_X)[:, None] + o_k[None, :]
+    o_x1 = row_offsets(HM + o_m if EVEN_M else tl.minimum(HM + o_m, rows - 1), STRIDE_X)[:, None] + o_k[None, :]
+    values_ptr += first_n * STEP_N
+    o_b = o_k[:, None] * STEP_K + o_n[None, :] * STEP_N
     first_step = begin * PER_BLOCK
     last_step = end * PER_BLOCK
     tl.assume(first_step < last_step)
     i_block = tl.load(block_ptr + begin)
     i_entry = tl.load(entry_ptr + begin) if TRANSPOSED else begin
+    line = tl.load(line_ptr + begin)
     for i in range(first_step, last_step):
         inner = (i & (PER_BLOCK - 1)) * BK
         outer = i_block * BLOCK_K + inner
+        p_x = x_ptr + outer
+        p_b = values_ptr + (tl.cast(i_entry, tl.int64) * (BLOCK_K * BLOCK_N) + inner * STEP_K)
         m_x = (outer + o_k < K)[None, :] if TAIL_K else None
-        b_x = tl.load(p_x + outer, mask=m_x, other=0.0 if TAIL_K else None)  # [BM, BK]
-        b_b = tl.load(p_b + (tl.cast(i_entry, tl.int64) * (BLOCK_K * BLOCK_N) + inner * STEP_K))  # [BK, BN]
+        b_x = tl.load(p_x + o_x, mask=m_x, other=OTHER)  # [HM, HK]
+        b_b = tl.load(p_b + o_b)  # [HK, BN]
+        if HALVES == "depth":
+            m_x1 = (outer + HK + o_k < K)[None, :] if TAIL_K else None
+            b_x1 = tl.load(p_x + HK + o_x, mask=m_x1, other=OTHER)
+            b_b1 = tl.load(p_b + HK * STEP_K + o_b)
+        if HALVES == "rows":
+            b_x1 = tl.load(p_x + o_x1, mask=m_x, other=OTHER)
         following = tl.minimum(i + 1, last_step - 1) // PER_BLOCK
         i_block = tl.load(block_ptr + following)
         i_entry = tl.load(entry_ptr + following) if TRANSPOSED else following
         b_y = tl.dot(b_x, b_b, b_y, input_precision=PRECISION)
-    store_tile(y_ptr, bias_ptr, b_y, row_offsets(o_m, N), o_y, o_m < M - first, o_y < N, EVEN_M, EVEN_N, HAS_BIAS, RELU)
+        if HALVES == "depth":
+            b_y = tl.dot(b_x1, b_b1, b_y, input_precision=PRECISION)
+        if HALVES == "rows":
+            b_y1 = tl.dot(b_x1, b_b, b_y1, input_precision=PRECISION)
+        if LINES > 1:  # stands last in the loop: in front of the product Triton's pipeliner takes the line too early
+            i_line = tl.load(line_ptr + following)
+            if i_line != line:
+                n = line * BLOCK_N + first_n
+                store_tile(y_ptr, bias_ptr, b_y, b_y1, n, N - n, o_n, at, EVEN_M, EVEN_N, HAS_BIAS, RELU, HALVES)
+                b_y = tl.zeros((HM, BN), dtype=tl.float32)
+                b_y1 = b_y
+                line = i_line
+    n = line * BLOCK_N + first_n
+    store_tile(y_ptr, bias_ptr, b_y, b_y1, n, N - n, o_n, at, EVEN_M, EVEN_N, HAS_BIAS, RELU, HALVES)
 
 
 @triton.jit(do_not_specialize=["nnz", "M", "part"])
@@ -124,6 +162,7 @@ def linear_wgrad_kernel(
     BM: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    HALVES: tl.constexpr,
     EVEN_M: tl.constexpr,
     SPLIT: tl.constexpr,
     HAS_ALIVE: tl.constexpr,
@@ -134,35 +173,41 @@ def linear_wgrad_kernel(
     TILES: tl.constexpr = R // BR * TILES_C  # programs that share a block
     TAIL_N: tl.constexpr = N % R != 0
     TAIL_K: tl.constexpr = K % C != 0
+    HM: tl.constexpr = BM // 2 if HALVES == "depth" else BM
     pid = tl.program_id(0)
     i_part = pid // (nnz * TILES)
     i_entry = pid % (nnz * TILES) // TILES
     tile = pid % TILES
-    o_r = tile // TILES_C * BR + tl.arange(0, BR)
-    o_c = tile % TILES_C * BC + tl.arange(0, BC)
-    o_n = tl.load(row_ptr + i_entry) * R + o_r
-    o_k = tl.load(col_ptr + i_entry) * C + o_c
-    o_m = tl.arange(0, BM)
+    first_r = tile // TILES_C * BR
+    first_c = tile % TILES_C * BC
+    o_r = tl.arange(0, BR)
+    o_c = tl.arange(0, BC)
+    first_n = tl.load(row_ptr + i_entry) * R + first_r
+    first_k = tl.load(col_ptr + i_entry) * C + first_c
+    m_n = (first_n + o_r < N)[:, None]
+    m_k = (first_k + o_c < K)[None, :]
+    o_m = tl.arange(0, HM)
     first = i_part * part
     last = tl.minimum(first + part, M)
     # dy is read as its transpose: a tile that is transposed after it was loaded would not be copied asynchronously.
-    p_dy = dy_ptr + first.to(tl.int64) * STRIDE_DY + (row_offsets(o_m, STRIDE_DY)[None, :] + o_n[:, None])
-    p_x = x_ptr + first.to(tl.int64) * STRIDE_X + (row_offsets(o_m, STRIDE_X)[:, None] + o_k[None, :])
+    dy_ptr += first_n
+    o_dy = row_offsets(o_m, STRIDE_DY)[None, :] + o_r[:, None]
+    x_ptr += first_k
+    o_x = row_offsets(o_m, STRIDE_X)[:, None] + o_c[None, :]
     b_dw = tl.zeros((BR, BC), dtype=tl.float32)
-    m_dy = (o_n < N)[:, None]
-    m_x = (o_k < K)[None, :]
     for m in range(first, last, BM):
-        if EVEN_M:
-            b_dy = tl.load(p_dy, mask=m_dy, other=0.0) if TAIL_N else tl.load(p_dy)  # [BR, BM]
-            b_x = tl.load(p_x, mask=m_x, other=0.0) if TAIL_K else tl.load(p_x)  # [BM, BC]
-        else:
-            b_dy = tl.load(p_dy, mask=m_dy & (m + o_m < last)[None, :], other=0.0)
-            b_x = tl.load(p_x, mask=m_x & (m + o_m < last)[:, None], other=0.0)
+        m_m = m + o_m < last
+        b_dy = load_rows(dy_ptr, m, STRIDE_DY, o_dy, m_n, m_m[None, :], TAIL_N, EVEN_M)  # [BR, HM]
+        b_x = load_rows(x_ptr, m, STRIDE_X, o_x, m_k, m_m[:, None], TAIL_K, EVEN_M)  # [HM, BC]
+        if HALVES == "depth":
+            m_m1 = m + HM + o_m < last
+            b_dy1 = load_rows(dy_ptr, m + HM, STRIDE_DY, o_dy, m_n, m_m1[None, :], TAIL_N, EVEN_M)
+            b_x1 = load_rows(x_ptr, m + HM, STRIDE_X, o_x, m_k, m_m1[:, None], TAIL_K, EVEN_M)
         b_dw = tl.dot(b_dy, b_x, b_dw, input_precision=PRECISION)
-        p_dy += BM * STRIDE_DY
-        p_x += BM * STRIDE_X
-    o_out = tl.cast(i_entry, tl.int64) * (R * C) + o_r[:, None] * C + o_c[None, :]
-    store_block(out_ptr, alive_ptr, b_dw, o_out, i_part, nnz, R * C, SPLIT, HAS_ALIVE)
+        if HALVES == "depth":
+            b_dw = tl.dot(b_dy1, b_x1, b_dw, input_precision=PRECISION)
+    o_out = (first_r + o_r)[:, None] * C + (first_c + o_c)[None, :]
+    store_block(out_ptr, alive_ptr, b_dw, o_out, i_entry, i_part, nnz, R * C, SPLIT, HAS_ALIVE)
 
 
 # Launchers
@@ -195,7 +240,7 @@ def product(
     arrays = Index.of(index)
     target = check(values, arrays, 2, x=(x, weight_shape[1]), bias=(bias, weight_shape[0]))
     y = x.new_empty(x.shape[0], weight_shape[0])
-    lines = Lines(arrays.row_ptr, arrays.col, None, arrays.row_order)
+    lines = Lines(arrays.row_ptr, arrays.col, None, arrays.row, arrays.row_order)
     _product(x, alive_only(values, index), bias, y, lines, relu, target)
     return y
 
@@ -205,7 +250,7 @@ def transposed_product(dy: Tensor, values: Tensor, index: Sequence[Tensor], weig
     arrays = Index.of(index)
     target = check(values, arrays, 2, dy=(dy, weight_shape[0]))
     dx = dy.new_empty(dy.shape[0], weight_shape[1])
-    lines = Lines(arrays.t_ptr, arrays.t_row, arrays.t_index, arrays.column_order)
+    lines = Lines(arrays.t_ptr, arrays.t_row, arrays.t_index, arrays.column, arrays.column_order)
     _product(dy, alive_only(values, index), None, dx, lines, False, target)
     return dx
 

@@ -82,11 +82,11 @@ def precision(dtype: torch.dtype, operator: str, target: Target) -> str:
 
 
 def product_tile(
-    rows: int, cols: int, depth: int, dtype: torch.dtype, precision: str, target: Target, sums: int = 128
+    rows: int, cols: int, depth: int, dtype: torch.dtype, precision: str, target: Target, images: bool = False
 ) -> Tile:
     """Forward and dgrad: `rows` activations, blocks that are `depth` deep and give `cols` columns.
 
-    `sums` is how many of its results a thread has registers for, beside what else the kernel keeps in them.
+    `images`: of a convolution, which keeps coordinates in registers too.
     """
     tall = max(16, min(128, _power_of_two(rows)))
     if dtype == torch.float32 and precision == "ieee":  # no tensor cores: the tile lives in registers
@@ -94,32 +94,74 @@ def product_tile(
     wide = min(cols, 128)
     step = min(depth, 32 if dtype == torch.float32 else 64)
     if wide <= (64 if _multiplies_by_warp(target) else 32) and rows >= 4096 and dtype.itemsize == 2:
-        tall = 256  # narrow blocks: more rows for what a program does once
+        tall = 512 if wide == depth == 16 else 256  # narrow blocks: more rows for what a program does once
     warps = 8 if tall * wide > 128 * 64 else 4
     if _multiplies_by_warp(target):
         if dtype.itemsize == 2:  # the more sums a thread has, the fewer instructions an operation takes
             few = wide <= 32 or tall * wide <= 64 * 64
+            sums = 128 if _prefetches(target) or wide < (64 if images else 128) else 64  # with 128 ptxas spills
             warps = max(2 if few else 4, tall * wide // (32 * sums))
             warps = max(warps, 4) if tall * step > 128 * 64 else warps
+            warps = 8 if images and tall * wide > 128 * 64 and wide == 128 else warps  # with 4 ptxas spills
         elif step == 16 and wide == 64:
             tall = min(tall, 64)  # with 128 ptxas spills
+    elif dtype == torch.float32 and wide == step == 32 and target.arch == 100:
+        warps = 8  # with 4 ptxas spills
     stages = 4 if dtype.itemsize == 2 and step * (tall + wide) * 2 <= 12288 else 3
     return Tile(tall, wide, step, warps, 2 if target.backend == "hip" else stages)
 
 
-def wgrad_tile(block: tuple[int, int], dtype: torch.dtype, precision: str, target: Target, sums: int = 128) -> Tile:
-    """wgrad: a program sums one block, or a part of it, `rows` activations a step; `sums` as for a product."""
+def wgrad_tile(size: int, block: tuple[int, int], dtype: torch.dtype, precision: str, target: Target) -> Tile:
+    """wgrad of `size` activations: a program sums one block, or a part of it."""
     if dtype == torch.float32 and precision == "ieee":
         return Tile(32, min(block[0], 64), min(block[1], 64), 4, 2 if target.backend == "hip" else 3)
     high, wide = block
     area = high * wide
     if _multiplies_by_warp(target) and dtype.itemsize == 2:
-        warps = max(1, min(4, area // (32 * 64)))
+        warps = max(1, min(4, area // (32 * 128)))
     else:  # from 64 rows on four warps can multiply together
         warps = 8 if area > 64 * 128 else 4 if area >= 64 * 64 or high >= 64 else 2 if area >= 32 * 32 else 1
-    rows = (32 if dtype == torch.float32 else 64) * (2 if high + wide <= sums // 2 else 1)
-    stages = 4 if dtype.itemsize == 2 and rows * (high + wide) * 2 <= 12288 else 3
-    return Tile(rows, high, wide, warps, 2 if target.backend == "hip" else stages)
+    rows = (32 if dtype == torch.float32 else 64) * (4 if high + wide <= 32 else 2 if high + wide <= 64 else 1)
+    rows = min(rows, max(32, _power_of_two(size)))
+    return Tile(rows, high, wide, warps, 2 if target.backend == "hip" else 3)
+
+
+def halves(inner: int, narrow: int, rows: int, warps: int, dtype: torch.dtype, precision: str, target: Target) -> str:
+    """Along what the product of a step is cut in two: "depth", "rows", or "" for not at all.
+
+    For GPUs of capability 8 Triton loads the first slice of a step's operands into registers a step ahead ("prefetch"),
+    as long as there is one product in the loop. That takes those registers twice, and in blocks of 16, where the first
+    slice is all there is, most instructions only move them. Two products a step are left as they are.
+
+    Args:
+        inner: what the step sums over, `narrow` the smaller side of its two tiles: half of that tile must leave a copy
+            of 16 bytes for each thread of `warps`, or the depth is not cut.
+        rows: of the result that can be cut instead.
+    """
+    if not _prefetches(target) or (dtype == torch.float32 and precision == "ieee"):
+        return ""
+    if inner // 2 * dtype.itemsize >= 32 and inner // 2 * narrow * dtype.itemsize >= 16 * 32 * warps:
+        return "depth"
+    return "rows" if rows >= 32 else ""
+
+
+def lines_together(programs: int, target: Target) -> int:
+    """How many lines a program works off, 1 to 8, where there would be `programs` with one line each.
+
+    That shares what a program does once, and the copies for a line begin while the line before is multiplied; but there
+    should be a program for each multiprocessor. Only for GPUs of capability 8: where four warps multiply together their
+    product would have to be waited for in every step, and on sm_120 ptxas spills.
+    """
+    if not _prefetches(target):
+        return 1
+    together = 1
+    while together < 8 and programs >= 2 * together * target.processors:
+        together *= 2
+    return together
+
+
+def _prefetches(target: Target) -> bool:
+    return target.backend == "cuda" and int(target.arch) // 10 == 8
 
 
 def _multiplies_by_warp(target: Target) -> bool:
@@ -146,3 +188,8 @@ def _power_of_two(size: int) -> int:
 def row_major(x: Tensor) -> Tensor:
     """`x [N, F]` itself if its rows are contiguous, else a copy."""
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` itself if a pixel's channels are contiguous, else a channels_last copy."""
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,249 @@
+"""The weight gradient of block-sparse 2-D convolutions on a GPU: kernel, then its launchers.
+
+A program sums one live block, a (tap, channel block) of a block row, over the pixels of dy, or over a part of them.
+Images are channels_last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..pattern import Pattern
+from .geometry import Geometry, check_groups
+from .launch import Index, check, launch_wgrad, load_rows, pixel_offsets, row_offsets, store_block
+from .settings import channels_last
+
+
+@triton.jit
+def load_pixels(
+    x_ptr,
+    m,
+    o_m,
+    o_c,
+    m_k,
+    last,
+    shift_h,
+    shift_w,
+    YH: tl.constexpr,
+    YW: tl.constexpr,
+    XH: tl.constexpr,
+    XW: tl.constexpr,
+    STRIDE_XN: tl.constexpr,
+    STRIDE_XH: tl.constexpr,
+    STRIDE_XW: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    INSIDE: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    TAIL_K: tl.constexpr,
+):
+    """x [HM, BC] where dy's pixels m + o_m look through a tap, zero outside of the image and from pixel `last` on."""
+    HM: tl.constexpr = o_m.shape[0]
+    PIXELS: tl.constexpr = YH * YW
+    ALIGNED: tl.constexpr = HM % YW == 0 and (HM % PIXELS == 0 or PIXELS % HM == 0)
+    # Whole images, or whole rows of one, are the same pixels every time, from another one on.
+    begin_image = m // PIXELS
+    o_pixel = o_m if ALIGNED else m % PIXELS + o_m
+    begin_h = (m % PIXELS // YW if ALIGNED else 0) * STRIDE_H + shift_h
+    o_h = o_pixel % PIXELS // YW * STRIDE_H
+    o_w = o_pixel % YW * STRIDE_W
+    IMAGES: tl.constexpr = HM // PIXELS + 2
+    o_x = pixel_offsets(o_pixel // PIXELS, o_h, o_w, IMAGES, XH, STRIDE_XN, STRIDE_XH, STRIDE_XW)
+    begin_x = tl.cast(begin_image, tl.int64) * STRIDE_XN + tl.cast(begin_h, tl.int64) * STRIDE_XH
+    p_x = x_ptr + (begin_x + shift_w * STRIDE_XW) + (o_x[:, None] + o_c[None, :])
+    if EVEN_M and INSIDE:
+        return tl.load(p_x, mask=m_k if TAIL_K else None, other=0.0 if TAIL_K else None)
+    else:  # a negative coordinate is a large unsigned one
+        m_x = ((o_h + begin_h).to(tl.uint32) < XH) & ((o_w + shift_w).to(tl.uint32) < XW)
+        m_x = m_x[:, None] if EVEN_M else (m_x & (m + o_m < last))[:, None]
+        return tl.load(p_x, mask=m_x & m_k if TAIL_K else m_x, other=0.0)
+
+
+@triton.jit(do_not_specialize=["nnz", "M", "part"])
+def conv2d_wgrad_kernel(
+    dy_ptr,
+    x_ptr,
+    out_ptr,
+    row_ptr,
+    col_ptr,
+    alive_ptr,
+    nnz,
+    M,  # pixels of dy
+    part,
+    YH: tl.constexpr,
+    YW: tl.constexpr,
+    XH: tl.constexpr,
+    XW: tl.constexpr,
+    STRIDE_XN: tl.constexpr,
+    STRIDE_XH: tl.constexpr,
+    STRIDE_XW: tl.constexpr,
+    K: tl.constexpr,  # channels of x in a group
+    N: tl.constexpr,  # channels of dy in a group
+    GROUPS: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    INSIDE: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    HALVES: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_ALIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dvalues [nnz, R, C], the sum over dy's pixels at the live blocks; with SPLIT, [parts, nnz, R, C] of `part` pixels
+    each. dy is [n, YH, YW, GROUPS · N], contiguous, x is [n, XH, XW, GROUPS · K]."""
+    TILES_C: tl.constexpr = C // BC
+    TILES: tl.constexpr = R // BR * TILES_C
+    BLOCKS_N: tl.constexpr = (N + R - 1) // R
+    BLOCKS_K: tl.constexpr = (K + C - 1) // C
+    TAIL_N: tl.constexpr = N % R != 0
+    TAIL_K: tl.constexpr = K % C != 0
+    HM: tl.constexpr = BM // 2 if HALVES == "depth" else BM
+    pid = tl.program_id(0)
+    i_part = pid // (nnz * TILES)
+    i_entry = pid % (nnz * TILES) // TILES
+    tile = pid % TILES
+    first_r = tile // TILES_C * BR
+    first_c = tile % TILES_C * BC
+    o_r = tl.arange(0, BR)
+    o_c = tl.arange(0, BC)
+    i_row = tl.load(row_ptr + i_entry)
+    i_col = tl.load(col_ptr + i_entry)
+    i_group = i_row // BLOCKS_N
+    first_n = i_row % BLOCKS_N * R + first_r  # within the group
+    first_k = i_col % BLOCKS_K * C + first_c
+    m_n = (first_n + o_r < N)[:, None]
+    m_k = (first_k + o_c < K)[None, :]
+    tap = i_col // BLOCKS_K
+    shift_h = tap // KW * DILATION_H - PAD_H
+    shift_w = tap % KW * DILATION_W - PAD_W
+    first = i_part * part
+    last = tl.minimum(first + part, M)
+    o_m = tl.arange(0, HM)
+    # dy is read as its transpose: a tile that is transposed after it was loaded would not be copied asynchronously.
+    dy_ptr += i_group * N + first_n
+    o_dy = row_offsets(o_m, GROUPS * N)[None, :] + o_r[:, None]
+    x_ptr += i_group * K + first_k
+    b_dw = tl.zeros((BR, BC), dtype=tl.float32)
+    for m in range(first, last, BM):
+        m1 = m + HM
+        b_dy = load_rows(dy_ptr, m, GROUPS * N, o_dy, m_n, (m + o_m < last)[None, :], TAIL_N, EVEN_M)  # [BR, HM]
+        b_x = load_pixels(
+            x_ptr,
+            m,
+            o_m,
+            o_c,
+            m_k,
+            last,
+            shift_h,
+            shift_w,
+            YH,
+            YW,
+            XH,
+            XW,
+            STRIDE_XN,
+            STRIDE_XH,
+            STRIDE_XW,
+            STRIDE_H,
+            STRIDE_W,
+            INSIDE,
+            EVEN_M,
+            TAIL_K,
+        )  # [HM, BC]
+        if HALVES == "depth":
+            b_dy1 = load_rows(dy_ptr, m1, GROUPS * N, o_dy, m_n, (m1 + o_m < last)[None, :], TAIL_N, EVEN_M)
+            b_x1 = load_pixels(
+                x_ptr,
+                m1,
+                o_m,
+                o_c,
+                m_k,
+                last,
+                shift_h,
+                shift_w,
+                YH,
+                YW,
+                XH,
+                XW,
+                STRIDE_XN,
+                STRIDE_XH,
+                STRIDE_XW,
+                STRIDE_H,
+                STRIDE_W,
+                INSIDE,
+                EVEN_M,
+                TAIL_K,
+            )
+        b_dw = tl.dot(b_dy, b_x, b_dw, input_precision=PRECISION)
+        if HALVES == "depth":
+            b_dw = tl.dot(b_dy1, b_x1, b_dw, input_precision=PRECISION)
+    o_out = (first_r + o_r)[:, None] * C + (first_c + o_c)[None, :]
+    store_block(out_ptr, alive_ptr, b_dw, o_out, i_entry, i_part, nnz, R * C, SPLIT, HAS_ALIVE)
+
+
+# Launchers
+
+
+def conv2d_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    pattern: Pattern,
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Gradient of `conv2d` in W at the live positions: `[nnz, r, c]`."""
+    check_groups(pattern, groups)
+    rest = (pattern.weight_shape, pattern.block, stride, padding, dilation, groups)
+    return block_gradient(dy, x, pattern.scheduled_index, *rest)
+
+
+def block_gradient(
+    dy: Tensor,
+    x: Tensor,
+    index: Sequence[Tensor],
+    weight_shape: Sequence[int],
+    block: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`conv2d_wgrad` on the arrays of a pattern."""
+    arrays = Index.of(index)
+    dvalues = x.new_empty(arrays.nnz, *block)
+    target = check(dvalues, arrays, 4, groups, dy=(dy, weight_shape[0]), x=(x, weight_shape[1] * groups))
+    geometry = Geometry.of(stride, padding, dilation)
+    geometry.check_output(dy, x.shape, weight_shape)
+    if arrays.nnz == 0:
+        return dvalues
+    dy, x = dy.contiguous(memory_format=torch.channels_last), channels_last(x)
+    launch_wgrad(
+        conv2d_wgrad_kernel,
+        dy,
+        x,
+        dvalues,
+        arrays,
+        dy.shape[0] * dy.shape[2] * dy.shape[3],
+        "conv",
+        target,
+        INSIDE=not any(geometry.padding),
+        **geometry.constants(dy, x, weight_shape, groups),
+    )
+    return dvalues
