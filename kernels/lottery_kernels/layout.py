@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from . import operators
 from .fuse import fuses, is_bare_relu
@@ -23,10 +24,6 @@ from .surgery import change_classes
 def is_batch_innermost(x: Tensor) -> bool:
     """Whether an image `[N, C, H, W]` lies in memory as `[C, H, W, N]`, and in no usual layout besides."""
     return x.dim() == 4 and x.device.type == "cpu" and x.shape[0] > 1 and x.permute(1, 2, 3, 0).is_contiguous()
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 class BatchInnermostBatchNorm2d(nn.BatchNorm2d):

@@ -34,3 +34,13 @@ def assert_same_bits(model: nn.Module, x: Tensor, dy: Tensor) -> None:
     for fused, single in zip(step(model, x, dy), step(unfused(model), x, dy), strict=True):
         torch.testing.assert_close(fused, single, rtol=0, atol=0, equal_nan=True)
         assert len(x) < 2 or fused.stride() == single.stride()
+
+
+def assert_same_bits_for_any_number_of_threads(model: nn.Module, x: Tensor, dy: Tensor) -> None:
+    """The caller restores the number (fixture `threads`)."""
+    results = []
+    for count in (1, 2, 8, 2):
+        torch.set_num_threads(count)
+        results.append(step(model, x, dy))
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from lottery_kernels import SparseLinear, densify, sparsify
 from lottery_kernels.cpu import build
 from lottery_kernels.fuse import FusedSequential, to_fused
-from tests.kernels.fused import assert_same_bits, runs, step, unfused
+from tests.kernels.fused import (
+    assert_same_bits,
+    assert_same_bits_for_any_number_of_threads,
+    runs,
+    step,
+    unfused,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled"),
@@ -123,13 +129,7 @@ def test_gradients_of_any_order(block):
 @pytest.mark.parametrize("batch", [5, 60, 200, 570])
 def test_same_bits_for_any_number_of_threads(threads, block, batch):
     model = mlp(block, 0.2, True, torch.float32, (300, 400, 200, 50))
-    x, dy = torch.randn(batch, 300), torch.randn(batch, 50)
-    results = []
-    for count in (1, 2, 8, 2):
-        torch.set_num_threads(count)
-        results.append(step(model, x, dy))
-    for other in results[1:]:
-        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
+    assert_same_bits_for_any_number_of_threads(model, torch.randn(batch, 300), torch.randn(batch, 50))
 
 
 def test_what_looks_at_a_module_sees_it_called():

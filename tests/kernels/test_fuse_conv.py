@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from lottery_kernels import SparseConv2d
 from lottery_kernels.cpu import build
 from lottery_kernels.fuse import FusedSequential
-from tests.kernels.fused import assert_same_bits, runs, step, unfused
+from tests.kernels.fused import (
+    assert_same_bits,
+    assert_same_bits_for_any_number_of_threads,
+    runs,
+    step,
+    unfused,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled"),
@@ -116,13 +122,7 @@ def test_gradients_of_any_order(geometry):
 @pytest.mark.parametrize("block", [(1, 1), (4, 4)])
 def test_same_bits_for_any_number_of_threads(threads, block):
     model = net(block=block, dtype=torch.float32, channels=(20, 32, 24))
-    x, dy = images(model, 60, (16, 16), torch.float32)
-    results = []
-    for count in (1, 2, 8, 2):
-        torch.set_num_threads(count)
-        results.append(step(model, x, dy))
-    for other in results[1:]:
-        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
+    assert_same_bits_for_any_number_of_threads(model, *images(model, 60, (16, 16), torch.float32))
 
 
 def test_a_result_that_is_written_into_is_noticed():
