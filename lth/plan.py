@@ -64,6 +64,9 @@ class Search:
             _check("branches", branch, branch in BRANCHES, ", ".join(BRANCHES))
         for number in self.branch_rounds or ():
             _check("branch_rounds", number, 1 <= number <= self.rounds, f"1 to the {self.rounds} rounds")
+        for name in ("branches", "branch_rounds"):
+            given = getattr(self, name) or ()
+            _check(name, given, len(set(given)) == len(given), "each of them once")
         rates = self.rate.values() if isinstance(self.rate, Mapping) else [self.rate]
         for rate in rates:
             _check("rate", rate, 0 < rate < 1, "between 0 and 1")
