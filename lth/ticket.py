@@ -8,16 +8,17 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lth.checks import check_draws, check_maskable, check_model, check_optimizers
 from lth.classify import Shuffled
 from lth.driver import Driver
 from lth.events import Observer, Plan
-from lth.masked import check_maskable, mask_as_chosen
+from lth.masked import mask_as_chosen
 from lth.plan import Search, make_plan
 from lth.prune import layers_of
 from lth.store import TICKET, Run, RunError, Stage, locked
@@ -63,14 +64,30 @@ class Ticket:
 class Tickets:
     """What a search found. `tickets[n]` is the ticket of round n; `tickets[0]` is dense, `tickets[-1]` the sparsest."""
 
-    def __init__(self, run: Run, rounds: int) -> None:
-        self.run, self._rounds = run, rounds
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Tickets:
+        """What `find_ticket(out=folder)` or `lth run` left in a folder.
+
+        Raises:
+            RunError: the folder holds no run. DamagedFile: its description was truncated or altered.
+        """
+        return cls(Run.open(Path(folder)))
 
     def __len__(self) -> int:
-        return self._rounds + 1
+        return self.run.settings["rounds"] + 1
 
-    def __getitem__(self, number: int) -> Ticket:
-        return self.at(range(len(self))[number])
+    @overload
+    def __getitem__(self, number: int) -> Ticket: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[Ticket]: ...
+
+    def __getitem__(self, number: int | slice) -> Ticket | list[Ticket]:
+        found = range(len(self))[number]
+        return self.at(found) if isinstance(found, int) else [self.at(one) for one in found]
 
     def __iter__(self) -> Iterator[Ticket]:
         return (self[number] for number in range(len(self)))
@@ -151,7 +168,7 @@ def find_ticket(
     chosen, settings = Search(iterations=iterations, **search), {"graph": True} if graph else None
     if out is not None:
         run = run_search(task, chosen, Path(out), resume=resume, observer=observer or Observer(), settings=settings)
-        return Tickets(run, chosen.rounds)
+        return Tickets(run)
     directory = Path(tempfile.mkdtemp(prefix="lth-"))
     try:
         run = run_search(task, chosen, directory, resume=False, observer=observer or Observer())
@@ -159,7 +176,7 @@ def find_ticket(
         shutil.rmtree(directory, ignore_errors=True)
         raise
     weakref.finalize(run, shutil.rmtree, directory, ignore_errors=True)
-    return Tickets(run, chosen.rounds)
+    return Tickets(run)
 
 
 def run_search(
@@ -181,10 +198,20 @@ def run_search(
 
 
 def plan_search(task: Task, search: Search, directory: Path | None) -> Plan:
+    """The plan, after all that can be checked without training.
+
+    Raises:
+        TypeError, ValueError: the model, a layer or an optimizer is none that a search can be run with.
+    """
     model = task.fresh()
+    check_model(model)
     layers = layers_of(model, search.rate, search.block)
+    plan = make_plan(search, layers, directory)
+    check_draws(task, search, layers)
     check_maskable(model, layers)
-    return make_plan(search, layers, directory)
+    if search.rounds:
+        check_optimizers(task, search, layers)
+    return plan
 
 
 def open_run(directory: Path, settings: Mapping[str, Any], plan: Plan, *, resume: bool) -> Run:
@@ -203,9 +230,16 @@ def open_run(directory: Path, settings: Mapping[str, Any], plan: Plan, *, resume
 
 
 def _batches(data: Tensor | Sequence[Tensor], batch_size: int | None) -> Shuffled:
+    rows = [data] if isinstance(data, Tensor) else data
+    if not isinstance(rows, Sequence) or not rows or not all(isinstance(one, Tensor) and one.ndim for one in rows):
+        held = f" of {type(rows[0]).__name__}" if isinstance(rows, Sequence) and rows else ""
+        raise TypeError(
+            f"data: a {type(data).__name__}{held}; it takes tensors of equal length, or a function (iteration, seed) → "
+            "batch"
+        )
     if batch_size is None:
         raise ValueError("batch_size: None; it takes a number where data is tensors")
-    return Shuffled([data] if isinstance(data, Tensor) else data, batch_size)
+    return Shuffled(rows, batch_size)
 
 
 def _redrawn(model: nn.Module) -> nn.Module:
