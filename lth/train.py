@@ -300,9 +300,7 @@ def _optimizers(task: Task, model: nn.Module) -> list[Optimizer]:
     optimizers = [made] if isinstance(made, Optimizer) else list(made)
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"optimizer: the function returned a {type(optimizer).__name__}; it takes an Optimizer"
-            )
+            raise TypeError(f"optimizer: the function returned a {type(optimizer).__name__}; it takes an Optimizer")
         _check_steps_alone("optimizer", optimizer)
     return optimizers
 

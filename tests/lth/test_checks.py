@@ -165,9 +165,7 @@ def test_a_step_that_returns_no_losses_is_said_at_once(returned: Any) -> None:
         tiny.step(model, batch)
         return returned
 
-    with pytest.raises(
-        TypeError, match=r"step: it returned .*; it takes the loss, or losses, each a tensor of one"
-    ):
+    with pytest.raises(TypeError, match=r"step: it returned .*; it takes the loss, or losses, each a tensor of one"):
         tiny.search(step=step)
 
 
