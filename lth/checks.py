@@ -12,8 +12,8 @@ from torch.nn.parameter import is_lazy
 import lottery_kernels
 from lth.plan import Search
 from lth.prune import Layer, Masks, weight_key
-from lth.seeds import seed_all
-from lth.train import Task, Training
+from lth.seeds import derive, seed_all
+from lth.train import Task, Training, computing_in
 
 
 def check_model(model: nn.Module) -> None:
@@ -78,6 +78,24 @@ def check_optimizers(task: Task, search: Search, layers: Sequence[Layer]) -> Non
                     f"{'sparse' if sparse else 'masked'} and the parameter is {name!r}; pick parameters by their "
                     "modules or number of dimensions, not by names or sizes"
                 )
+
+
+def check_example(task: Task, search: Search) -> None:
+    """Raises TypeError if kernels="auto" could not call the model with what `example` makes of a batch, to time it."""
+    model = task.fresh()
+    example = task.example(task.batches(0, derive(search.seed, 0, "order")))
+    try:
+        with torch.no_grad(), computing_in(task.autocast, next(model.parameters()).device):
+            if isinstance(example, dict):
+                model(**example)
+            else:
+                model(*example if isinstance(example, tuple | list) else (example,))
+    except Exception as error:  # it is the user's code that raises
+        raise TypeError(
+            f"example: kernels='auto' could not call the model with it, to time it ({type(error).__name__}: {error}). "
+            "It is made of a batch and takes a tensor, a tuple of arguments or a dict of named ones; kernels='sparse' "
+            "or 'dense' needs none"
+        ) from error
 
 
 def _treated(task: Task, model: nn.Module, renamed: Mapping[str, str]) -> dict[str, tuple[int, int, str]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lth.checks import check_draws, check_maskable, check_model, check_optimizers
+from lth.checks import check_draws, check_example, check_maskable, check_model, check_optimizers
 from lth.classify import Shuffled
 from lth.driver import Driver
 from lth.events import Observer, Plan
@@ -211,6 +211,8 @@ def plan_search(task: Task, search: Search, directory: Path | None) -> Plan:
     check_maskable(model, layers)
     if search.rounds:
         check_optimizers(task, search, layers)
+        if search.kernels == "auto" and not task.graph:
+            check_example(task, search)
     return plan
 
 

@@ -173,3 +173,29 @@ def test_a_step_that_returns_no_losses_is_said_at_once(returned: Any) -> None:
 def test_an_evaluation_that_returns_no_numbers_is_said_before_the_first_step(returned: Any) -> None:
     with pytest.raises(TypeError, match=r"evaluate: it returned .*; it takes a dict of numbers by their names"):
         tiny.search(evaluate=lambda model: returned, step=no_step)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        return self.fc(x) + shift
+
+
+def shifted(model: nn.Module, batch: Any) -> Tensor:
+    loss = model(batch[0], batch[1][:, None]).square().mean()
+    loss.backward()
+    return loss
+
+
+def test_an_example_that_the_model_cannot_be_called_with_is_said_before_any_work() -> None:
+    search: dict[str, Any] = {"model": TwoInputs, "evaluate": None, "kernels": "auto"}
+    with pytest.raises(
+        TypeError, match=r"example: kernels='auto' could not call .*missing 1 required positional argum"
+    ):
+        tiny.search(step=no_step, **search)
+    tiny.search(step=shifted, **search, example=lambda batch: (batch[0], batch[1][:, None]))
+    tiny.search(step=shifted, **search, example=lambda batch: {"shift": batch[1][:, None], "x": batch[0]})
+    tiny.search(step=shifted, **{**search, "kernels": "sparse"})
