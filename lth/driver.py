@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -164,7 +165,7 @@ class Driver:
     ) -> dict[str, Any]:
         """What result.json holds, without its timing."""
         stage, evaluations = planned.stage, files.evaluations()
-        judged = [record for record in evaluations if "val_loss" in record]
+        judged = [record for record in evaluations if not math.isnan(record.get("val_loss", math.nan))]
         final = dict(evaluations[-1]) if evaluations else None
         if self.task.conclude is not None:
             final = {**(final or {"iteration": training.iteration}), **_conclusion(self.task, training.model)}
@@ -179,7 +180,7 @@ class Driver:
             "start": planned.start,
             "iterations": training.iteration,
             "evaluations": len(evaluations),
-            "early_stop": min(judged, key=_val_loss) if judged else None,
+            "early_stop": min(judged, key=lambda record: record["val_loss"]) if judged else None,
             "final": final,
             "kernels": {key: value for key, value in kernels.items() if key != "sampled"},
         }
@@ -228,8 +229,3 @@ def _conclusion(task: Task, model: nn.Module) -> dict[str, float]:
     assert task.conclude is not None
     with evaluating(model):
         return as_numbers("conclude", task.conclude(model))
-
-
-def _val_loss(record: Mapping[str, Any]) -> float:
-    loss = record["val_loss"]
-    return loss if loss == loss else float("inf")

@@ -170,6 +170,11 @@ def test_the_early_stop_is_the_evaluation_of_least_validation_loss() -> None:
     assert [record["iteration"] for record in found[0].evaluations] == [0, 3, 6, 9, 12]
 
 
+def test_where_every_validation_loss_is_nan_there_is_no_early_stop() -> None:
+    result = tiny.search(evaluate=lambda model: {"val_loss": float("nan")})[1].result
+    assert result["early_stop"] is None and result["final"]["iteration"] == 6
+
+
 def test_without_an_evaluation_there_is_no_early_stop() -> None:
     result = tiny.search(evaluate=None)[1].result
     assert result["early_stop"] is None and result["final"] is None
