@@ -72,17 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (nobody reads the output any more)."""
     _print_what_can_be_printed()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as cleanly as Ctrl-C
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        sys.exit(0 if arguments else 2)
-    command, *rest = arguments
-    if command not in COMMANDS:
-        print(f"lth: no command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
-        sys.exit(2)
     try:
-        status = COMMANDS[command](rest)
-        sys.stdout.flush()
+        status = _obeyed(sys.argv[1:] if arguments is None else list(arguments))
+        if sys.stdout is not None:  # it was closed then
+            sys.stdout.flush()
         sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -94,6 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"lth: {_explained(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _obeyed(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"lth: no command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    return COMMANDS[command](rest)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -214,7 +218,7 @@ def _print_what_can_be_printed() -> None:
 def _explained(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return (
-            f"{NO_ROOM[error.errno]} to write {error.filename}; what was written before is whole. "
+            f"{NO_ROOM[error.errno]} to write {error.filename or 'the output'}; what was written before is whole. "
             "Make room, and the same command with --resume continues"
         )
     if isinstance(error, OSError | ValueError | RuntimeError):

@@ -284,6 +284,25 @@ def test_output_that_nobody_reads_ends_the_run_and_says_how_to_go_on() -> None:
     assert error == "lth: nobody reads the output; the same command with --resume continues x\n"
 
 
+@pytest.mark.parametrize("arguments", [("--help",), ("doctor", "--help")])
+def test_help_that_nobody_reads_ends_in_silence(arguments: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = started(*arguments, stdout=writing)
+    os.close(writing)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (cli.UNREAD, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_output_to_a_full_disk_is_said_in_a_line() -> None:
+    with open("/dev/full", "w") as full:
+        process = started("run", *SHORT, "--out", "x", stdout=full)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert error.startswith("lth: no space is left on the disk to write the output; what was written before is whole.")
+
+
 def test_letters_that_the_output_cannot_take_end_no_run() -> None:
     process = started("run", *SHORT, "--out", "x", env={"PYTHONIOENCODING": "ascii"})
     out, error = process.communicate(timeout=60)
