@@ -116,6 +116,7 @@ def test_an_image_of_the_wrong_channels_is_named():
     with pytest.raises(ValueError, match=r"input has shape \(2, 7, 6, 6\).*\[N, 8, H, W\]"):
         sparse_conv()(torch.randn(2, 7, 6, 6, dtype=torch.float64))
 
+
 def test_from_dense_takes_its_own_kind_alone():
     with pytest.raises(TypeError, match=r"linear must be a torch\.nn\.Linear, got Conv2d"):
         SparseLinear.from_dense(nn.Conv2d(3, 4, 1))
