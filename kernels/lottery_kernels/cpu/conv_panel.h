@@ -189,7 +189,7 @@ class SourcePanel {
     for (; n < size; n += L) store(to + n, Vec<S>{});
   }
 
-  static constexpr int64_t kAhead = 4;  // channels
+  static constexpr int64_t kAhead = 2;  // channels fetched before they are packed
 
   const Image<const S> x_, relu_;
   const ChannelGroups channels_;
