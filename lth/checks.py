@@ -30,8 +30,13 @@ def check_model(model: nn.Module) -> None:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"model: its state holds {name!r}, a {type(value).__name__}; only tensors can be saved")
-    if state.keys() != lottery_kernels.dense_state_dict(model).keys():
-        raise ValueError("model: it is pruned or sparse already; a search starts dense (lottery_kernels.densify)")
+    check_plain(model)
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raises ValueError for a model that is masked."""
+    if model.state_dict().keys() != lottery_kernels.dense_state_dict(model).keys():
+        raise ValueError("model: it is pruned or sparse already; it takes a dense one (lottery_kernels.densify)")
 
 
 def check_maskable(model: nn.Module, layers: Sequence[Layer]) -> None:

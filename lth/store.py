@@ -111,8 +111,13 @@ class StageFiles:
         return files.read_tensors(self.path / "weights.safetensors")
 
     def kernels(self) -> dict[str, Any] | None:
+        """None before they are chosen. A checkpoint continues on the kernels that it was made with, and no others."""
         path = self.path / "kernels.json"
-        return files.read_json(path) if path.exists() else None
+        if path.exists():
+            return files.read_json(path)
+        if (self.path / "checkpoint.pt").exists():
+            raise files.DamagedFile(f"{path}: missing")
+        return None
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The evaluations so far; of a finished stage, all of them."""

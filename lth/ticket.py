@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lth.checks import check_draws, check_example, check_maskable, check_model, check_optimizers
+from lth.checks import check_draws, check_example, check_maskable, check_model, check_optimizers, check_plain
 from lth.classify import Shuffled
 from lth.driver import Driver
 from lth.events import Observer, Plan
@@ -57,6 +57,7 @@ class Ticket:
 
     def plant(self, model: nn.Module) -> nn.Module:
         """Loads the weights into a plain model and masks it, sparse or dense as it was trained here. In place."""
+        check_plain(model)
         model.load_state_dict(self.weights)
         return mask_as_chosen(model, self.masks, self.result["kernels"])
 
@@ -127,12 +128,15 @@ def find_ticket(
         step: (model, batch) → loss or losses, a tensor or several. It leaves the gradients of the update in `.grad` and
             may clip them; the driver checks the losses, steps the optimizers and schedulers, and clears the gradients.
             Unless kernels="dense" it is also called on copies, to time sparse against dense masked.
-        optimizer: model → an optimizer or several. Sparse layers hold `values` in the place of `weight`: take
-            `parameters()`.
+        optimizer: model → an optimizer or several, whose steps need no closure. Masked layers train `weight_orig` and
+            sparse ones `values` [blocks, rows, cols] in the place of `weight`: take all `parameters()`, or pick them
+            by their modules or number of dimensions; picking by name is refused.
         scheduler: optimizer (or the list of several) → a scheduler or several, stepped every iteration.
         evaluate: model → numbers, called every `eval_every` iterations; `val_loss` decides the early stop.
-        example: batch → what the model is called with; the first entry of a tuple unless given. For kernels="auto".
-        out: the run's folder; without one, a temporary folder that lives as long as what is found.
+        example: batch → what the model is called with (a tensor, a tuple of arguments or a dict of named ones), for
+            kernels="auto" to time it; the first entry of a tuple unless given.
+        out: the run's folder, which `Tickets.open` reads later; without one, a temporary folder that lives as long as
+            what is found.
         resume: continue what `out` holds.
         observer: hears how it goes.
         graph: capture a whole training step, with its update, in a CUDA graph and replay it. `step` must be device work
@@ -145,7 +149,7 @@ def find_ticket(
     Raises:
         ValueError: a setting that cannot be.
         TypeError, ValueError: a layer to prune that cannot be masked, by name: parametrized, tied, a subclass. Give
-            `rate` without it.
+            `rate` without it. A model, optimizer, example or step that a search cannot be run with (`lth.checks`).
         RunError: the folder holds something else.
         Diverged: a loss was not finite.
         DamagedFile: a file of the run to resume was truncated or altered.

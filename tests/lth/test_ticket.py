@@ -286,6 +286,8 @@ def test_a_planted_ticket_is_the_pruned_start() -> None:
     found = tiny.search(rounds=2)
     model = found[2].plant(tiny.network())
     assert_equal(dense_weights(model), masked(found[0].weights, found[2].masks))
+    with pytest.raises(ValueError, match="model: it is pruned or sparse already; it takes a dense one"):
+        found[1].plant(model)
 
 
 def test_tickets_are_opened_from_the_folder_that_a_search_left(tmp_path: Path) -> None:
