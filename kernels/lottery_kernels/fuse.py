@@ -83,6 +83,7 @@ def _unobserved(x: Tensor) -> bool:
         type(x) in (Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch_module._has_any_global_hook()
+        and not operators.transformed()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._is_torch_function_mode_enabled()
         and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import config as compiler_config
 
-from . import masked, operators
+from . import masked, operators, reference
 from .pattern import Pattern
 
 # To torch.compile a parameter's shape is static, unless its source is named here; `set_mask` changes that of `values`.
@@ -264,6 +264,7 @@ class SparseLinear(SparseLayer):
     ) -> Self:
         """A sparse copy of `linear`; pruned weights are forgotten. Without `mask` it takes what `torch.nn.utils.prune`
         left, if anything. Draws no random numbers."""
+        _check_kind("linear", linear, nn.Linear)
         mask = masked.prune_mask(linear) if mask is None else mask
         sizes = (linear.in_features, linear.out_features)
         return cls(*sizes, linear.bias is not None, "meta", mask=mask, block=block)._adopt(linear)
@@ -280,7 +281,8 @@ class SparseLinear(SparseLayer):
             raise ValueError(f"input has shape {tuple(x.shape)}, the layer takes [..., in_features={self.in_features}]")
         leading = x.shape[:-1]
         flat = x if x.dim() == 2 else x.reshape(math.prod(leading), self.in_features)
-        y = operators.linear(flat, self.values, self.bias, self.pattern.index, self.pattern.weight_shape)
+        linear = reference.linear if operators.transformed() else operators.linear
+        y = linear(flat, self.values, self.bias, self.pattern.index, self.pattern.weight_shape)
         return y if x.dim() == 2 else y.reshape(*leading, self.out_features)
 
     def extra_repr(self) -> str:
@@ -318,9 +320,8 @@ class SparseConv2d(SparseLayer):
     ) -> None:
         geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         options: dict[str, Any] = geometry | {"padding_mode": padding_mode, "device": "meta"}
-        dense = nn.Conv2d(
-            in_channels, out_channels, kernel_size, **options
-        )  # checks the arguments, gives them one form
+        # checks the arguments, and gives them one form
+        dense = nn.Conv2d(in_channels, out_channels, kernel_size, **options)
         super().__init__(dense.weight.shape, bias, groups, mask, block, device, dtype)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, dense.kernel_size
         self.stride, self.dilation, self.groups = dense.stride, dense.dilation, groups
@@ -333,6 +334,7 @@ class SparseConv2d(SparseLayer):
     @classmethod
     def from_dense(cls, conv: nn.Conv2d, mask: Tensor | Pattern | None = None, block: tuple[int, int] = (1, 1)) -> Self:
         """A sparse copy of `conv`, as `SparseLinear.from_dense`."""
+        _check_kind("conv", conv, nn.Conv2d)
         mask = masked.prune_mask(conv) if mask is None else mask
         return cls(**_conv_arguments(conv), device="meta", mask=mask, block=block)._adopt(conv)
 
@@ -351,7 +353,8 @@ class SparseConv2d(SparseLayer):
             batch = F.pad(batch, self._pad_first, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         shape, index = self.pattern.weight_shape, self.pattern.index
         geometry = (self.stride, self._padding, self.dilation, self.groups)
-        y = operators.conv2d(batch, self.values, self.bias, index, shape, *geometry)
+        conv2d = reference.conv2d if operators.transformed() else operators.conv2d
+        y = conv2d(batch, self.values, self.bias, index, shape, *geometry)
         return y if x.dim() == 4 else y.squeeze(0)
 
     def extra_repr(self) -> str:
@@ -363,6 +366,11 @@ class SparseConv2d(SparseLayer):
 def _conv_arguments(conv: nn.Conv2d | SparseConv2d) -> dict[str, Any]:
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}
+
+
+def _check_kind(argument: str, layer: object, kind: type[nn.Module]) -> None:
+    if not isinstance(layer, kind):
+        raise TypeError(f"{argument} must be a torch.nn.{kind.__name__}, got {type(layer).__name__}")
 
 
 def _has_shape(value: object, shape: torch.Size) -> bool:

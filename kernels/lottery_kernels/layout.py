@@ -44,7 +44,7 @@ class BatchInnermostBatchNorm2d(nn.BatchNorm2d):
         if not (self.training or self.running_mean is None) or n * h * w < 2 or c != self.num_features:
             return False
         same = self.weight is None or self.weight.dtype == input.dtype
-        if not same or input.dtype not in (torch.float32, torch.float64):
+        if not same or input.dtype not in (torch.float32, torch.float64) or operators.transformed():
             return False
         return operators._backend_serves("batch_norm", "cpu")
 
@@ -95,7 +95,7 @@ class BatchInnermostMaxPool2d(_BatchInnermostPool, nn.MaxPool2d):
         return super().forward(input)
 
     def _has_kernel(self, input: Tensor, kernel: tuple[int, int], stride: tuple[int, int]) -> bool:
-        plain = _pair(self.padding) == (0, 0) and _pair(self.dilation) == (1, 1)
+        plain = _pair(self.padding) == (0, 0) and _pair(self.dilation) == (1, 1) and not operators.transformed()
         if not plain or self.ceil_mode or self.return_indices or input.dtype not in (torch.float32, torch.float64):
             return False
         if any(not 0 < k <= min(s, size) for k, s, size in zip(kernel, stride, input.shape[2:], strict=True)):

@@ -186,6 +186,12 @@ def _backend_serves(name: str, device: str) -> bool:
     return load_backend(device) and torch._C._dispatch_has_kernel_for_dispatch_key(f"lottery_kernels::{name}", key)
 
 
+def transformed() -> bool:
+    """Whether `torch.func` (`grad`, `vmap`, `jvp` …) transforms what is being computed: it can transform the reference,
+    but neither compiled kernels nor their autograd."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def by_reference(name: str) -> Callable[..., Tensor]:
     """Operator `name` computed by `reference.py`, on any device, in the promised strides."""
     compute, fake = getattr(reference, name), globals()[f"_{name}_fake"]

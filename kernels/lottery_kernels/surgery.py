@@ -49,12 +49,9 @@ def take_over(old: nn.Module, new: nn.Module) -> nn.Module:
         if getattr(hook, "with_module", False):  # it was registered to be given its module
             hook = new._load_state_dict_pre_hooks[key] = copy.copy(hook)
             vars(hook)["module"] = weakref.ref(new)
-    plain = type(old)(
-        1, 1, 1, device="meta"
-    )  # a smallest one of its kind, linear or convolution, has no attributes more
-    for attribute in (
-        vars(old).keys() - vars(plain).keys() - {"weight", RECORD}
-    ):  # `weight`: that of the last masked forward
+    # What a smallest layer of its kind has is not the user's, nor is `weight`, that of the last masked forward.
+    plain = type(old)(1, 1, 1, device="meta")
+    for attribute in vars(old).keys() - vars(plain).keys() - {"weight", RECORD}:
         setattr(new, attribute, vars(old)[attribute])
     return new.train(old.training)
 

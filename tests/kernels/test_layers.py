@@ -117,6 +117,13 @@ def test_an_image_of_the_wrong_channels_is_named():
         sparse_conv()(torch.randn(2, 7, 6, 6, dtype=torch.float64))
 
 
+def test_from_dense_takes_its_own_kind_alone():
+    with pytest.raises(TypeError, match=r"linear must be a torch\.nn\.Linear, got Conv2d"):
+        SparseLinear.from_dense(nn.Conv2d(3, 4, 1))
+    with pytest.raises(TypeError, match=r"conv must be a torch\.nn\.Conv2d, got Linear"):
+        SparseConv2d.from_dense(nn.Linear(3, 4))
+
+
 @pytest.mark.parametrize(
     ("mask", "error", "words"),
     [

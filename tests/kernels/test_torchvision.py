@@ -14,6 +14,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from lottery_kernels import SparseConv2d, dense_state_dict, densify, sparsify
 from lottery_kernels.layers import SparseLayer
@@ -141,3 +142,12 @@ def test_checkpoints_go_from_dense_to_sparse_and_back(model: nn.Module) -> None:
     state = sparse.state_dict()
     again.load_state_dict(state, strict=True)  # brings its masks
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+
+
+def test_features_are_extracted_with_the_layers_as_leaves(x: Tensor) -> None:
+    model = made(torchvision.models.resnet18).eval()
+    expected = create_feature_extractor(masked(copy.deepcopy(model), masks := random_masks(model)), ["layer4"])(x)
+    sparse = sparsify(model, masks, when="always")
+    leaves = {type(module) for module in sparse.modules() if type(module).__module__.startswith("lottery_kernels.lay")}
+    extractor = create_feature_extractor(sparse, ["layer4"], tracer_kwargs={"leaf_modules": [*leaves]})
+    torch.testing.assert_close(extractor(x), expected, **CLOSE)
