@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "alive.h"
 #include "panel.h"
 #include "shares.h"
 #include "sparse_matmul.h"
@@ -44,7 +45,7 @@ struct Weight {
   Tensor alive_only(const Tensor& values) const {
     TORCH_CHECK(values.dim() == 3 && values.size(0) == nnz(), "values must be [", nnz(), ", ", r, ", ", c,
                 "], got ", values.sizes());
-    return alive.defined() ? at::where(alive, values, at::zeros({}, values.options())) : values.contiguous();
+    return lottery::alive_only(alive, values);
   }
 };
 

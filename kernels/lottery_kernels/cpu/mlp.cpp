@@ -223,7 +223,7 @@ variable_list backward_layers(const Saved& saved, const std::vector<Layer>& laye
   });
   size_t next = 1;
   for (const Layer& layer : layers) {
-    if (grads[next].defined()) grads[next] = layer.weight.alive_only(grads[next]);
+    if (grads[next].defined()) clear_dead(layer.weight.alive, grads[next]);
     next += 1 + layer.form.bias;
   }
   return grads;

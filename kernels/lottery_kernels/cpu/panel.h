@@ -70,9 +70,17 @@ inline void pack(const Activation<const S>& x, int64_t p, int64_t f0, int64_t f1
     constexpr int L = kLanes<S>;
     for (; f + L <= f1; f += L) {
       for (int t = 0; t < T; t += L) {
+        const S* from = source + t * x.batch_stride + f;
         Vec<S> rows[L];
-        for (int i = 0; i < L; ++i)
-          rows[i] = t + i < count ? load(source + (t + i) * x.batch_stride + f) : Vec<S>{};
+        if (t + L <= count) {
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i) {
+            rows[i] = load(from + i * x.batch_stride);
+            __builtin_prefetch(from + i * x.batch_stride + 2 * L);  // rows are too many for the hardware to see
+          }
+        } else {
+          for (int i = 0; i < L; ++i) rows[i] = t + i < count ? load(from + i * x.batch_stride) : Vec<S>{};
+        }
         transpose<S>(rows);
         for (int i = 0; i < L; ++i) store(to + (f + i) * T + t, rows[i]);
       }
