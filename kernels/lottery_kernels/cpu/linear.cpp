@@ -33,7 +33,7 @@ Tensor linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>
   check_input("x", x, weight.in, values.scalar_type());
   const Tensor live = weight.alive_only(values);
   const Tensor b = bias ? checked_bias(*bias, weight.out, x.scalar_type()) : Tensor();
-  Tensor y = empty_activation(x, weight.out);
+  Tensor y = empty_output(x, weight.out);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lottery_kernels::linear", [&] {
     using S = scalar_t;
     const ForwardPass<S> pass{read<S>(x), live.const_data_ptr<S>(), b.defined() ? b.const_data_ptr<S>() : nullptr, weight,

@@ -63,6 +63,14 @@ inline Tensor empty_activation(const Tensor& like, int64_t features) {  // batch
   return at::empty_strided({like.size(0), features}, {1, like.size(0)}, like.options());
 }
 
+// Outputs so narrow are row-major: most are a net's last, and its loss would convert them, which takes longer than to
+// write them so. As in operators.py.
+constexpr int64_t kNarrow = 16;
+
+inline Tensor empty_output(const Tensor& like, int64_t features) {
+  return features <= kNarrow ? at::empty({like.size(0), features}, like.options()) : empty_activation(like, features);
+}
+
 // How many vectors a panel is wide: no wider than the batch asks for, nor than the cache holds `features` of, and eight
 // only where that leaves two panels and pads the batch no further than four.
 template <class S>

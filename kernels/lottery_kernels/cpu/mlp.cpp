@@ -115,7 +115,7 @@ struct Between {
 template <class S, int V>
 Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variable_list& between) {
   constexpr int T = V * kLanes<S>;
-  Tensor y = empty_activation(x, layers.back().form.out);
+  Tensor y = empty_output(x, layers.back().form.out);
   std::vector<ForwardPass<S>> passes;
   passes.reserve(layers.size());
   Activation<const S> from = read<S>(x);

@@ -90,12 +90,14 @@ inline void pack(const Activation<const S>& x, int64_t p, int64_t f0, int64_t f1
     for (int t = 0; t < T; ++t) to[f * T + t] = t < count ? source[t * x.batch_stride + f * x.feature_stride] : S(0);
 }
 
-// Writes one feature of panel p of a batch-innermost activation; entries past the batch fall away.
+// Writes one feature of panel p of an activation, which had better be batch-innermost; entries past the batch fall away.
 template <class S, int T>
 inline void write_row(const Activation<S>& y, int64_t p, int64_t f, const Vec<S>* row) {
   S* to = y.template panel<T>(p) + f * y.feature_stride;
   const int64_t count = y.count(p, T);
-  if (count == T) {
+  if (y.batch_stride != 1) {
+    for (int64_t t = 0; t < count; ++t) to[t * y.batch_stride] = row[t / kLanes<S>][t % kLanes<S>];
+  } else if (count == T) {
     for (int v = 0; v < T / kLanes<S>; ++v) store(to + v * kLanes<S>, row[v]);
   } else {
     std::memcpy(to, row, count * sizeof(S));
