@@ -164,12 +164,14 @@ class Problem:
             "channels_last": self.step(
                 DenseMasked.of(self.conv, self.mask).to(memory_format=last), lambda t: t.clone(memory_format=last)
             ),
-            "enter": lambda: batch_innermost(self.x),
-            "floor": self.traffic(ours().detach(), ours.x.grad),  # type: ignore[attr-defined]
         }
         if importlib.util.find_spec("sparseprop") and self.block == (1, 1):
             for form in (False, True):
                 steps[f"SparseProp {form}"] = self.step(_sparseprop(self.conv, self.mask, form))
+        # What comes behind SparseProp needs five calls to reach the time that it has after one behind the others, so
+        # nothing that is compared does.
+        steps["enter"] = lambda: batch_innermost(self.x)
+        steps["floor"] = self.traffic(ours().detach(), ours.x.grad)  # type: ignore[attr-defined]
         return steps
 
 

@@ -83,6 +83,7 @@ class BackwardShare {
       const auto [from, to] = part.phase.inside[t];
       const Range range{first, gather.begin(line, from), gather.begin(line, to)};
       const auto x = pass_.target(part.phase, x_, line, t, tile_);
+      prefetch_next(part, line, t);
       if (wanted_.dx.data) {
         const auto dx = pass_.target(part.phase, wanted_.dx, line, t, tile_);
         cover<kRegisters / 4>(vectors, [&]<int V>(std::integral_constant<int, V>, int64_t v) {
@@ -145,6 +146,7 @@ class BackwardShare {
       const int64_t k0 = phase.gather.begin(line, from), k1 = phase.gather.begin(line, to);
       const bool dots = wanted_.dvalues && k0 < k1;
       S* const x_rows = scratch(weight_.c * stride);
+      if (wanted_.dvalues) prefetch_next(part, line, t);
       for (int64_t in = 0; dots && in < weight_.c; ++in) {
         S* row = x_rows + in * stride;
         if (in < channels.count) pass_.target(phase, x_, channels.first + in, t, tile_).copy(vectors, row);
@@ -158,6 +160,15 @@ class BackwardShare {
         block_gradient<S>(panel_.row(t) + phase.gather.offset[k], pass_.window.plane, weight_.r, x_rows, stride,
                           weight_.c, vectors, part.dots + k * weight_.r * weight_.c, true);
     }
+  }
+
+  // x of the row after row t of a line.
+  void prefetch_next(const Part& part, int64_t line, int64_t t) const {
+    if (++t == tile_.row_end) t = tile_.row, ++line;
+    if (line == part.phase.gather.lines()) return;
+    const LineChannels channels(pass_.targets, line);
+    for (int64_t channel = channels.first; channel < channels.first + channels.count; ++channel)
+      pass_.target(part.phase, x_, channel, t, tile_).prefetch(pass_.run(tile_));
   }
 
   // Begins at a cache line: a load across two would take twice as long. Valid until the next call in this thread.

@@ -76,7 +76,9 @@ class SourcePanel {
     const int64_t end = std::min(down_.sources, down_.walk * (tile.row_end - 1) + down_.span().second + 1);
     const bool follows = tile.n0 == tile_.n0 && tile.col == tile_.col && begin >= begin_ && begin < end_;
     const int64_t kept = follows ? end_ - begin : 0;
-    for (int64_t channel = 0; channel < x_.channels; ++channel) {
+    for (int64_t channel = -kAhead; channel < x_.channels; ++channel) {
+      prefetch_rows(channel + kAhead, begin + kept, end, tile);
+      if (channel < 0) continue;
       S* plane = buffer_ + channels_.padded(channel) * window_.plane;
       if (kept > 0) std::memmove(plane, plane + (begin - begin_) * window_.row, kept * window_.row * sizeof(S));
       for (int64_t row = begin + kept; row < end; ++row)
@@ -120,6 +122,22 @@ class SourcePanel {
   static std::pair<int64_t, int64_t> own(const Axis& axis, int64_t lowest, int64_t begin, int64_t end) {
     const auto inside = [&](int64_t source) { return std::clamp<int64_t>(source, 0, axis.sources); };
     return {begin == 0 ? 0 : inside(begin + lowest), end == axis.targets ? axis.sources : inside(end + lowest)};
+  }
+
+  // Sources [row, end) of a channel, those in between that are not used too.
+  void prefetch_rows(int64_t channel, int64_t row, int64_t end, const Tile& tile) const {
+    if (channel >= x_.channels) return;
+    const int64_t left = across_.walk * tile.col + window_.lowest_col;
+    const int64_t first = std::clamp<int64_t>(left, 0, x_.width);
+    const int64_t last = std::clamp<int64_t>(left + window_.phases * window_.slots, first, x_.width);
+    const int64_t count = std::min(chunk_, x_.batch - tile.n0);
+    for (; row < end; ++row)
+      for (const Image<const S>* image : {&x_, &relu_}) {
+        if (!image->data) continue;
+        const S* from = image->row(channel, row) + tile.n0;
+        if (count == x_.batch) prefetch(from + first * x_.batch, (last - first) * x_.batch);
+        else for (int64_t col = first; col < last; ++col) prefetch(from + col * x_.batch, count);
+      }
   }
 
   void pack_row(int64_t channel, int64_t row, const Tile& tile, S* to) const {
@@ -171,6 +189,8 @@ class SourcePanel {
     for (; n < size; n += L) store(to + n, Vec<S>{});
   }
 
+  static constexpr int64_t kAhead = 2;  // channels fetched before they are packed
+
   const Image<const S> x_, relu_;
   const ChannelGroups channels_;
   const Axis &down_, &across_;
@@ -211,6 +231,10 @@ class TargetRow {
   // Vectors [0, vectors) to `to`.
   void copy(int64_t vectors, S* to) const {
     for (int64_t v = 0; v < vectors; ++v) store(to + v * kLanes<S>, get(v));
+  }
+
+  void prefetch(int64_t vectors) const {
+    for (int64_t v = 0; v < vectors; ++v) prefetch_line(at(v));
   }
 
   void put(int64_t v, Vec<S> value) const {

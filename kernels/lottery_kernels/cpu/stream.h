@@ -1,4 +1,5 @@
-// Stores past the caches: memory that is written whole need not be read first, and what is in the caches stays there.
+// Hints about the caches. Stores past them: memory that is written whole need not be read first, and what is in the caches
+// stays there. Prefetches: a core fetches no further ahead by itself than the page and the run that it reads.
 #pragma once
 
 #if defined(__x86_64__)
@@ -32,6 +33,19 @@ inline void finish_streams() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
+}
+
+// Asks for the line at `p` in the second-level cache: more lines can be on their way there than to the first.
+inline void prefetch_line(const void* p) {
+  __builtin_prefetch(p, 0, 2);
+  asm volatile("");  // GCC leaves out calls of functions that do nothing but prefetch
+}
+
+// The same for entries [0, count).
+template <class S>
+inline void prefetch(const S* from, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  for (int64_t i = 0; i < count; i += kLine) prefetch_line(from + i);
 }
 
 }  // namespace lottery
