@@ -57,7 +57,10 @@ inline void pack(const Activation<const S>& x, int64_t p, int64_t f0, int64_t f1
     for (int64_t f = f0; f < f1; ++f) {
       const S* from = source + f * x.feature_stride;
       if (count == T) {
-        std::memcpy(to + f * T, from, T * sizeof(S));
+        for (int t = 0; t < T; t += kLanes<S>) {
+          store(to + f * T + t, load(from + t));
+          __builtin_prefetch(from + 4 * x.feature_stride + t);
+        }
       } else {
         std::memcpy(to + f * T, from, count * sizeof(S));
         std::memset(to + f * T + count, 0, (T - count) * sizeof(S));
