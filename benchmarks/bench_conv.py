@@ -42,8 +42,8 @@ SWEEP = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1]  # densities
 
 
 @pytest.fixture(scope="module", autouse=True)
-def traffic_is_there() -> None:
-    torch.ops.load_library(build.library(Path(__file__).parent / "traffic"))
+def floors_are_there() -> None:
+    torch.ops.load_library(build.library(Path(__file__).parent / "floors"))
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,10 @@
 Every figure stands beside a parity check against fp64 in the same run. Dense masked is weight × mask, then `F.linear`,
 eager and through torch.compile; the faster of the two is what a speed-up is over. SparseProp (ICML 2023), the best
 published sparse training on a CPU, runs too where it is installed.
+
+Beside each time stands a floor, measured in the same turns, that no kernel for the live weights can go below: what
+PyTorch takes for as many layers with next to nothing to compute, and the multiply-adds of the live weights from
+registers alone. "At most" is the speed-up of a layer or step that takes no longer than that.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Times, in_turns
 from lottery_kernels import SparseLinear, operators, sparsify
+from lottery_kernels.cpu import build
 
 BLOCKS = [(1, 1), (4, 4), (8, 8), (16, 16)]
 # (in, out, batch, first): a first layer reads rows of a data set and owes nobody a gradient of them
@@ -38,7 +44,14 @@ NETS = {
     "LeNet-300-100, batch 512": ((784, 300, 100, 10), 512, 0.036),
     "784-2048-1024-10, batch 128": ((784, 2048, 1024, 10), 128, 0.032),
 }
+LEAST = (8, 8, 8, 10)  # of as many layers and classes as LeNet-300-100, and next to nothing to compute
+MULTIPLY_ADDS = 1 << 25  # for the rate of multiply-adds: some 0.3 ms of them
 SWEEP = [1.0, 0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.036, 0.02, 0.01]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def floors_are_there() -> None:
+    torch.ops.load_library(build.library(Path(__file__).parent / "floors"))
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +160,18 @@ class Problem:
         steps["compiled"] = self.step(masked, run=torch.compile(masked))
         if importlib.util.find_spec("sparseprop") and self.block == (1, 1):
             steps["SparseProp"] = self.step(_sparseprop(self.linear, self.mask))
-        return steps
+            steps["behind SparseProp"] = steps["eager"]  # which comes out slower there, so that nothing compared does
+        return steps | self.floors()
+
+    def floors(self) -> dict[str, Callable[[], object]]:
+        """What `floor` adds up; the least layer is the faster of nn.Linear and SparseLinear, on one example."""
+        dense, least = nn.Linear(8, 8), Problem(8, 8, 1, self.first, 1.0)
+        sparse = SparseLinear.from_dense(dense, torch.eye(8, dtype=torch.bool))
+        return {
+            "least dense": least.step(dense),
+            "least sparse": least.step(sparse),
+            "multiply-adds": multiply_adds,
+        }
 
 
 def _sparseprop(linear: nn.Linear, mask: Tensor) -> nn.Module:
@@ -156,17 +180,28 @@ def _sparseprop(linear: nn.Linear, mask: Tensor) -> nn.Module:
     return SparsePropLinear(linear.weight.detach() * mask, nn.Parameter(linear.bias.detach().clone()))
 
 
+def multiply_adds() -> None:
+    torch.ops.lottery_benchmarks.multiply_adds(MULTIPLY_ADDS)
+
+
+def floor(times: dict[str, Times], flops: float) -> float:
+    """Seconds below which no kernel goes, from contestants named as in `Problem.floors`."""
+    least = min(kept.median for name, kept in times.items() if name.startswith("least"))
+    return least + flops / 2 / MULTIPLY_ADDS * times["multiply-adds"].median
+
+
 def dense_masked(times: dict[str, Times]) -> Times:
     return min(times["eager"], times["compiled"], key=lambda kept: kept.median)
 
 
-def columns(times: dict[str, Times], flops: float) -> dict[str, str]:
-    """What a table shows of contestants that took turns."""
-    dense, sparse = dense_masked(times), times["sparse"]
+def columns(times: dict[str, Times], flops: float, rate: bool = True) -> dict[str, str]:
+    """What a table shows of contestants that took turns; `rate`: GFLOP/s too."""
+    dense, sparse, least = dense_masked(times), times["sparse"], floor(times, flops)
     row = {"dense masked, ms": f"{dense.median * 1e3:.3g}", "sparse, ms": f"{sparse.median * 1e3:.3g}"}
-    if flops:
+    if rate:
         row["GFLOP/s"] = f"{flops / sparse.median / 1e9:.0f}"
     row["speed-up"] = str(sparse.speedup_over(dense))
+    row["floor, ms"], row["at most"] = f"{least * 1e3:.3g}", f"{dense.median / least:.1f}×"
     if "SparseProp" in times:
         row["SparseProp"] = str(times["SparseProp"].speedup_over(dense))
     return row
@@ -236,8 +271,12 @@ def test_step(benchmark, tables, name, block):
         "sparse": training_step(network(sizes, density, block, sparse=True), x, target),
         "eager": training_step(masked, x, target),
         "compiled": training_step(compiled, x, target, torch.compile(compiled)),
+        "least": training_step(network(LEAST, 0.5, (1, 1), sparse=True), torch.randn(batch, LEAST[0]), target),
+        "multiply-adds": multiply_adds,
     }
-    row = columns(in_turns(steps, seconds=2.0), 0)
+    weights = [round(density * inputs * out) for inputs, out in itertools.pairwise(sizes)]
+    flops = 2.0 * batch * (2 * weights[0] + 3 * sum(weights[1:]))
+    row = columns(in_turns(steps, seconds=2.0), flops, rate=False)
     title = "Whole training step: zero_grad, forward, loss, backward, fused Adam"
     tables.add(title, net=name, remaining=f"{density:.1%}", block=f"{block[0]}×{block[1]}", **row)
     benchmark.extra_info.update(row)
@@ -278,7 +317,7 @@ def test_parts_of_a_step(tables, name):
     nets = {
         f"{name}, dense masked": (sizes, False),
         f"{name}, sparse": (sizes, True),
-        f"8-8-8-10, batch {batch}, sparse": ((8, 8, 8, 10), True),
+        f"8-8-8-10, batch {batch}, sparse": (LEAST, True),
     }
     for title, (sizes, sparse) in nets.items():
         x, target = torch.randn(batch, sizes[0]), torch.randint(sizes[-1], (batch,))
@@ -331,7 +370,8 @@ def test_density(benchmark, tables, shape, block):
     for density in SWEEP:
         problem = Problem(*shape, density, block)
         steps = problem.steps()
-        steps.pop("SparseProp", None)
+        for name in ("SparseProp", "behind SparseProp"):
+            steps.pop(name, None)
         times = in_turns(steps, seconds=0.3)
         layer = SparseLinear.from_dense(problem.linear, problem.mask, block)
         sizes = allocated(layer, problem.batch)

@@ -236,7 +236,7 @@ class SparseLinear(SparseLayer):
     """`nn.Linear` that stores and computes only what a mask leaves of its weight.
 
     Input `[..., in_features]`, output `[..., out_features]`. On a CPU the output is a batch-innermost strided view,
-    which the next sparse layer takes without a transpose.
+    which the next sparse layer takes without a transpose; one of at most 16 features, as losses take, is row-major.
 
     Args:
         in_features, out_features, bias, device, dtype: as for `nn.Linear`.

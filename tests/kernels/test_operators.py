@@ -169,9 +169,10 @@ def test_autocast_on_the_cpu_computes_in_fp32():
     torch.testing.assert_close(y, case.dense(case.x.bfloat16().float(), case.weight, case.bias))
 
 
-def test_outputs_are_batch_innermost_on_the_cpu():
-    case = linear_case(batch=7)
-    assert case.sparse(case.x, case.values, None).stride() == (1, 7)
+def test_outputs_are_batch_innermost_on_the_cpu_but_for_narrow_ones():
+    for features, stride in ((17, (1, 7)), (16, (16, 1))):
+        case = linear_case(batch=7, shape=(features, 23))
+        assert case.sparse(case.x, case.values, None).stride() == stride
     conv = conv_case()
     y = conv.sparse(conv.x, conv.values, None)
     assert y.stride() == torch.empty(*y.shape[1:], y.shape[0]).permute(3, 0, 1, 2).stride()

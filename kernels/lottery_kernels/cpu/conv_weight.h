@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include "alive.h"
 #include "conv_geometry.h"
 #include "conv_panel.h"
 #include "sparse_matmul.h"
@@ -56,7 +57,7 @@ struct ConvWeight {
   at::Tensor alive_only(const at::Tensor& values) const {
     TORCH_CHECK(values.dim() == 3 && values.size(0) == nnz(), "values must be [", nnz(), ", ", r, ", ", c,
                 "], got ", values.sizes());
-    return alive.defined() ? at::where(alive, values, at::zeros({}, values.options())) : values.contiguous();
+    return lottery::alive_only(alive, values);
   }
 };
 

@@ -33,7 +33,7 @@ Tensor linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>
   check_input("x", x, weight.in, values.scalar_type());
   const Tensor live = weight.alive_only(values);
   const Tensor b = bias ? checked_bias(*bias, weight.out, x.scalar_type()) : Tensor();
-  Tensor y = empty_activation(x, weight.out);
+  Tensor y = empty_output(x, weight.out);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lottery_kernels::linear", [&] {
     using S = scalar_t;
     const ForwardPass<S> pass{read<S>(x), live.const_data_ptr<S>(), b.defined() ? b.const_data_ptr<S>() : nullptr, weight,
@@ -65,7 +65,8 @@ Tensor linear_wgrad(const Tensor& dy, const Tensor& x, at::TensorList index, at:
   if (x.size(0) == 0) return at::zeros({weight.nnz(), weight.r, weight.c}, x.options());
   Tensor dvalues = at::empty({weight.nnz(), weight.r, weight.c}, x.options()), none;
   backward(dy, x, none, weight, none, dvalues, none);
-  return weight.alive_only(dvalues);
+  clear_dead(weight.alive, dvalues);
+  return dvalues;
 }
 
 // dx, dvalues and dbias in one pass over dy; what `wanted` leaves out comes back with no elements.
@@ -91,9 +92,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
     if (wanted[2]) dbias.zero_();
   } else {
     backward(dy, x, wanted[0] ? weight.alive_only(values) : Tensor(), weight, dx, dvalues, dbias);
+    if (wanted[1]) clear_dead(weight.alive, dvalues);
   }
   const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, dy.options()); };
-  return {or_empty(dx), wanted[1] ? weight.alive_only(dvalues) : or_empty(dvalues), or_empty(dbias)};
+  return {or_empty(dx), or_empty(dvalues), or_empty(dbias)};
 }
 
 // Shapes and strides of linear_backward, for torch.compile; the batch and the number of blocks may be symbolic.

@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "alive.h"
 #include "panel.h"
 #include "shares.h"
 #include "sparse_matmul.h"
@@ -44,7 +45,7 @@ struct Weight {
   Tensor alive_only(const Tensor& values) const {
     TORCH_CHECK(values.dim() == 3 && values.size(0) == nnz(), "values must be [", nnz(), ", ", r, ", ", c,
                 "], got ", values.sizes());
-    return alive.defined() ? at::where(alive, values, at::zeros({}, values.options())) : values.contiguous();
+    return lottery::alive_only(alive, values);
   }
 };
 
@@ -60,6 +61,14 @@ Activation<S> written(Tensor& y) {
 
 inline Tensor empty_activation(const Tensor& like, int64_t features) {  // batch innermost
   return at::empty_strided({like.size(0), features}, {1, like.size(0)}, like.options());
+}
+
+// Outputs so narrow are row-major: most are a net's last, and its loss would convert them, which takes longer than to
+// write them so. As in operators.py.
+constexpr int64_t kNarrow = 16;
+
+inline Tensor empty_output(const Tensor& like, int64_t features) {
+  return features <= kNarrow ? at::empty({like.size(0), features}, like.options()) : empty_activation(like, features);
 }
 
 // How many vectors a panel is wide: no wider than the batch asks for, nor than the cache holds `features` of, and eight

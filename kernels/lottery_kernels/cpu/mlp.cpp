@@ -115,7 +115,7 @@ struct Between {
 template <class S, int V>
 Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variable_list& between) {
   constexpr int T = V * kLanes<S>;
-  Tensor y = empty_activation(x, layers.back().form.out);
+  Tensor y = empty_output(x, layers.back().form.out);
   std::vector<ForwardPass<S>> passes;
   passes.reserve(layers.size());
   Activation<const S> from = read<S>(x);
@@ -223,7 +223,7 @@ variable_list backward_layers(const Saved& saved, const std::vector<Layer>& laye
   });
   size_t next = 1;
   for (const Layer& layer : layers) {
-    if (grads[next].defined()) grads[next] = layer.weight.alive_only(grads[next]);
+    if (grads[next].defined()) clear_dead(layer.weight.alive, grads[next]);
     next += 1 + layer.form.bias;
   }
   return grads;

@@ -57,7 +57,10 @@ inline void pack(const Activation<const S>& x, int64_t p, int64_t f0, int64_t f1
     for (int64_t f = f0; f < f1; ++f) {
       const S* from = source + f * x.feature_stride;
       if (count == T) {
-        std::memcpy(to + f * T, from, T * sizeof(S));
+        for (int t = 0; t < T; t += kLanes<S>) {
+          store(to + f * T + t, load(from + t));
+          __builtin_prefetch(from + 4 * x.feature_stride + t);
+        }
       } else {
         std::memcpy(to + f * T, from, count * sizeof(S));
         std::memset(to + f * T + count, 0, (T - count) * sizeof(S));
@@ -70,9 +73,17 @@ inline void pack(const Activation<const S>& x, int64_t p, int64_t f0, int64_t f1
     constexpr int L = kLanes<S>;
     for (; f + L <= f1; f += L) {
       for (int t = 0; t < T; t += L) {
+        const S* from = source + t * x.batch_stride + f;
         Vec<S> rows[L];
-        for (int i = 0; i < L; ++i)
-          rows[i] = t + i < count ? load(source + (t + i) * x.batch_stride + f) : Vec<S>{};
+        if (t + L <= count) {
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i) {
+            rows[i] = load(from + i * x.batch_stride);
+            __builtin_prefetch(from + i * x.batch_stride + 2 * L);  // rows are too many for the hardware to see
+          }
+        } else {
+          for (int i = 0; i < L; ++i) rows[i] = t + i < count ? load(from + i * x.batch_stride) : Vec<S>{};
+        }
         transpose<S>(rows);
         for (int i = 0; i < L; ++i) store(to + (f + i) * T + t, rows[i]);
       }
@@ -82,12 +93,14 @@ inline void pack(const Activation<const S>& x, int64_t p, int64_t f0, int64_t f1
     for (int t = 0; t < T; ++t) to[f * T + t] = t < count ? source[t * x.batch_stride + f * x.feature_stride] : S(0);
 }
 
-// Writes one feature of panel p of a batch-innermost activation; entries past the batch fall away.
+// Writes one feature of panel p of an activation, which had better be batch-innermost; entries past the batch fall away.
 template <class S, int T>
 inline void write_row(const Activation<S>& y, int64_t p, int64_t f, const Vec<S>* row) {
   S* to = y.template panel<T>(p) + f * y.feature_stride;
   const int64_t count = y.count(p, T);
-  if (count == T) {
+  if (y.batch_stride != 1) {
+    for (int64_t t = 0; t < count; ++t) to[t * y.batch_stride] = row[t / kLanes<S>][t % kLanes<S>];
+  } else if (count == T) {
     for (int v = 0; v < T / kLanes<S>; ++v) store(to + v * kLanes<S>, row[v]);
   } else {
     std::memcpy(to, row, count * sizeof(S));

@@ -108,58 +108,83 @@ inline Vec<S> relu_gradient(Vec<S> y, Vec<S> dy) {
   return y <= Vec<S>{} ? Vec<S>{} : dy;
 }
 
-template <class S, int HALF, int... I>
-inline Vec<S> interleave_half(Vec<S> a, Vec<S> b, std::integer_sequence<int, I...>) {
+// Every other unit of a, then of b, beginning with unit ODD: units of UNIT elements, within runs of COUNT units.
+template <class S, int UNIT, int COUNT, int ODD, int... I>
+inline Vec<S> every_other(Vec<S> a, Vec<S> b, std::integer_sequence<int, I...>) {
+  constexpr auto source = [](int i) {
+    const int run = i / (UNIT * COUNT), unit = i / UNIT % COUNT;
+    return (run * COUNT + (2 * unit + ODD) % COUNT) * UNIT + i % UNIT + (unit < COUNT / 2 ? 0 : kLanes<S>);
+  };
 #if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, (HALF * kLanes<S> / 2 + I / 2 + (I % 2) * kLanes<S>)...);
+  return __builtin_shufflevector(a, b, source(I)...);
 #else
   using Index = std::conditional_t<sizeof(S) == 4, int32_t, int64_t>;
-  return __builtin_shuffle(a, b, Vec<Index>{(HALF * kLanes<S> / 2 + I / 2 + (I % 2) * kLanes<S>)...});
+  return __builtin_shuffle(a, b, Vec<Index>{source(I)...});
 #endif
 }
 
-// a0 b0 a1 b1 … of the lower halves
-template <class S>
-inline Vec<S> interleave_low(Vec<S> a, Vec<S> b) {
-  return interleave_half<S, 0>(a, b, std::make_integer_sequence<int, kLanes<S>>{});
+template <class S, int UNIT, int COUNT>
+inline Vec<S> evens(Vec<S> a, Vec<S> b) {
+  return every_other<S, UNIT, COUNT, 0>(a, b, std::make_integer_sequence<int, kLanes<S>>{});
 }
 
-// … and of the upper halves
-template <class S>
-inline Vec<S> interleave_high(Vec<S> a, Vec<S> b) {
-  return interleave_half<S, 1>(a, b, std::make_integer_sequence<int, kLanes<S>>{});
+template <class S, int UNIT, int COUNT>
+inline Vec<S> odds(Vec<S> a, Vec<S> b) {
+  return every_other<S, UNIT, COUNT, 1>(a, b, std::make_integer_sequence<int, kLanes<S>>{});
 }
 
-// Transposes a square of kLanes rows in registers: log2(lanes) perfect shuffles.
+// Shuffles within 128 bits, and of whole 128 bits, are one instruction each on x86; any other takes a table.
+template <class S>
+constexpr int kUnit = 16 / int(sizeof(S));
+template <class S>
+constexpr int kUnits = kLanes<S> / kUnit<S>;
+
+// Transposes squares of COUNT units: unit j of rows[i * STEP] goes to unit i of rows[j * STEP], in every run of COUNT.
+template <class S, int UNIT, int COUNT, int STEP>
+inline void transpose_units(Vec<S>* rows) {
+  Vec<S> other[COUNT];
+#pragma GCC unroll 4
+  for (int stage = 1; stage < COUNT; stage *= 2) {
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT / 2; ++i) {
+      other[i] = evens<S, UNIT, COUNT>(rows[2 * i * STEP], rows[(2 * i + 1) * STEP]);
+      other[i + COUNT / 2] = odds<S, UNIT, COUNT>(rows[2 * i * STEP], rows[(2 * i + 1) * STEP]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; ++i) rows[i * STEP] = other[i];
+  }
+}
+
+// Transposes a square of kLanes rows in registers: within 128 bits, then those among one another.
 template <class S>
 inline void transpose(Vec<S>* rows) {
-  constexpr int L = kLanes<S>;
-  Vec<S> other[L];
-#pragma GCC unroll 8
-  for (int stage = 1; stage < L; stage *= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < L / 2; ++i) {
-      other[2 * i] = interleave_low<S>(rows[i], rows[i + L / 2]);
-      other[2 * i + 1] = interleave_high<S>(rows[i], rows[i + L / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) rows[i] = other[i];
-  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kUnits<S>; ++i) transpose_units<S, 1, kUnit<S>, 1>(rows + i * kUnit<S>);
+#pragma GCC unroll 4
+  for (int i = 0; i < kUnit<S>; ++i) transpose_units<S, kUnit<S>, kUnits<S>, kUnit<S>>(rows + i);
+}
+
+// Unit i of the result, in every run of COUNT, is the sum of that run's units of rows[i * STEP].
+template <class S, int UNIT, int COUNT, int STEP>
+inline Vec<S> sum_units(const Vec<S>* rows) {
+  Vec<S> sums[COUNT];
+#pragma GCC unroll 4
+  for (int i = 0; i < COUNT; ++i) sums[i] = rows[i * STEP];
+#pragma GCC unroll 4
+  for (int half = COUNT / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+    for (int i = 0; i < half; ++i)
+      sums[i] = evens<S, UNIT, COUNT>(sums[2 * i], sums[2 * i + 1]) + odds<S, UNIT, COUNT>(sums[2 * i], sums[2 * i + 1]);
+  return sums[0];
 }
 
 // Lane i of the result is the sum of rows[i]; every lane adds in the same order.
 template <class S>
 inline Vec<S> sum_each(const Vec<S>* rows) {
-  constexpr int L = kLanes<S>;
-  Vec<S> sums[L];
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) sums[i] = rows[i];
-#pragma GCC unroll 8
-  for (int half = L / 2; half > 0; half /= 2)
-#pragma GCC unroll 16
-    for (int i = 0; i < half; ++i)
-      sums[i] = interleave_low<S>(sums[i], sums[i + half]) + interleave_high<S>(sums[i], sums[i + half]);
-  return sums[0];
+  Vec<S> sums[kUnits<S>];
+#pragma GCC unroll 4
+  for (int i = 0; i < kUnits<S>; ++i) sums[i] = sum_units<S, 1, kUnit<S>, 1>(rows + i * kUnit<S>);
+  return sum_units<S, kUnit<S>, kUnits<S>, 1>(sums);
 }
 
 }  // namespace lottery
