@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import itertools
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lth.data import available
@@ -32,6 +36,12 @@ USAGE = """usage: lth COMMAND
 lth COMMAND --help lists the options.
 """
 INTERRUPTED = 130
+UNREAD = 141  # as of a program that SIGPIPE ended
+NO_ROOM = {
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EDQUOT: "the disk quota leaves no space",
+    errno.EFBIG: "the limit on a file's size leaves no space",
+}
 
 
 @dataclass(frozen=True)
@@ -58,19 +68,20 @@ class Options(Settings):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exits with 0, 1 (an error, said in a line), 2 (wrong usage) or 130 (interrupted)."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        sys.exit(0 if arguments else 2)
-    command, *rest = arguments
-    if command not in COMMANDS:
-        print(f"lth: no command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
-        sys.exit(2)
+    """Entry point. Exits with 0, 1 (an error, said in a line), 2 (wrong usage), 130 (interrupted or terminated) or 141
+    (nobody reads the output any more)."""
+    _print_what_can_be_printed()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as cleanly as Ctrl-C
     try:
-        sys.exit(COMMANDS[command](rest))
+        status = _obeyed(sys.argv[1:] if arguments is None else list(arguments))
+        if sys.stdout is not None:  # it was closed then
+            sys.stdout.flush()
+        sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
+        sys.exit(UNREAD)
     except Exception as error:
         if os.environ.get("LTH_TRACEBACK"):
             raise
@@ -78,31 +89,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
+def _obeyed(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"lth: no command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    return COMMANDS[command](rest)
+
+
 def run(arguments: Sequence[str]) -> int:
     """`lth run`. Parses twice: the preset that the first pass finds gives the defaults of the second."""
-    preset = _parsed(arguments, Options()).preset
+    preset = _parsed([one for one in arguments if one not in ("-h", "--help")], Options()).preset
     options = _parsed(arguments, Options(**dataclasses.asdict(named(preset)), preset=preset))
     if options.threads is not None:
         _set_threads(options.threads)
     if options.dry_run:
-        print_plan(plan(options.settings, options.directory))
-        place = options.data_dir or available(options.data) or "nowhere on this machine: it would be downloaded"
-        print(f"{options.data}: {place}.")
-        return 0
+        return _dry_run(options)
     if options.device == "cuda":
         _repeat_on_a_gpu()
     task, search, settings, dataset = make(options.settings, options.data_dir)
     search = dataclasses.replace(search, checkpoint_seconds=options.checkpoint_seconds)
     counts = f"{len(dataset.train):,} training, {len(dataset.validation):,} validation, {len(dataset.test):,} test"
+    folder = shlex.quote(str(options.directory))
     with Progress() as progress:
         observer: Observer = Observers(progress, tracker(options.track)) if options.track else progress
-        observer.note(f"{dataset.name} from {dataset.source}: {counts} examples")
         try:
+            observer.note(f"{dataset.name} from {dataset.source}: {counts} examples")
             run_search(task, search, options.directory, resume=options.resume, observer=observer, settings=settings)
         except KeyboardInterrupt:
-            observer.note(f"interrupted; the same command with --resume continues {options.directory}")
+            observer.note(f"interrupted; the same command with --resume continues {folder}")
             return INTERRUPTED
-    print(f"{options.directory} holds everything; `lth report {options.directory}` draws it")
+        except (BrokenPipeError, SystemExit):  # rich makes the other of the one
+            print(f"lth: nobody reads the output; the same command with --resume continues {folder}", file=sys.stderr)
+            return UNREAD
+    print(f"{folder} holds everything; `lth report {folder}` draws it")
     return 0
 
 
@@ -121,10 +144,25 @@ def doctor(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"run": run, "report": report, "doctor": doctor}
 
 
+def _dry_run(options: Options) -> int:
+    """Prints the plan. What would stop the run stops this too, unless the data is yet to be downloaded."""
+    planned = plan(options.settings, options.directory)
+    if options.track:
+        tracker(options.track)
+    place = options.data_dir or available(options.data)
+    if place:
+        _, search, _, dataset = make(options.settings, options.data_dir)
+        dataclasses.replace(search, checkpoint_seconds=options.checkpoint_seconds)
+        place = dataset.source
+    print_plan(planned)
+    print(f"{options.data}: {place or 'nowhere on this machine: it would be downloaded'}.")
+    return 0
+
+
 def print_plan(plan: Plan) -> None:
     """The dry run's table, a row a round, and what all of it adds up to."""
     columns = _columns(plan)
-    table = Table(title=str(plan.directory))
+    table = Table(title=escape(str(plan.directory)))
     for heading in ("round", "% remaining", *columns, "trainings", "iterations"):
         table.add_column(heading, justify="right")
     for number in sorted({planned.stage.round for planned in plan.stages}):
@@ -170,10 +208,17 @@ def _repeat_on_a_gpu() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def _print_what_can_be_printed() -> None:
+    """Where the output takes few letters only, in ASCII say, a multiplication sign must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def _explained(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return (
-            f"no space is left on the disk to write {error.filename}; what was written before is whole. "
+            f"{NO_ROOM[error.errno]} to write {error.filename or 'the output'}; what was written before is whole. "
             "Make room, and the same command with --resume continues"
         )
     if isinstance(error, OSError | ValueError | RuntimeError):

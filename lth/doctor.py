@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lottery_kernels import gpu
@@ -65,7 +66,7 @@ def doctor(compile_now: bool = False, console: Console | None = None) -> int:
     _print(console, "What each choice of lth run would use", choices())
     missing = [finding for finding in (*machine, *sets, folder) if finding.needed]
     for finding in missing:
-        console.print(f"\nTo do: {finding.text}", highlight=False, soft_wrap=True)
+        console.print(f"\nTo do: {finding.text}", highlight=False, markup=False, soft_wrap=True)
     said = "does not work here yet." if missing else "works here."
     console.print(f"\nThe default lth run (LeNet on mnist5k, on the CPU) {said}", highlight=False)
     return 1 if missing else 0
@@ -203,6 +204,6 @@ def _print(console: Console, title: str, findings: Sequence[Finding]) -> None:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for finding in findings:
-        table.add_row(finding.topic, finding.text)
+        table.add_row(finding.topic, escape(finding.text))
     console.print(f"\n{title}", style="bold")
     console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +16,11 @@ from lth.cuda_graph import stepper
 from lth.events import Observer, Plan, PlannedStage
 from lth.masked import any_sparse, choose_kernels, dense_weights, densely, mask_as_chosen, unmasked, with_exempt
 from lth.plan import Search
-from lth.prune import Layer, Masks, at_random, by_magnitude, density_of, full_masks
+from lth.prune import Layer, Masks, at_random, by_magnitude, density_of, full_masks, weight_key
 from lth.seeds import derive, seed_all
 from lth.store import TICKET, Run, Stage, StageFiles
 from lth.timing import side_by_side
-from lth.train import Task, Training, computing_in, evaluating, synchronize, train
+from lth.train import Task, Training, as_numbers, computing_in, evaluating, synchronize, train
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Driver:
             return at_random(self.layers, self.run.stage(Stage(replicate, number)).mask(), generator)
         before = self.run.stage(Stage(replicate, 0 if stage.branch == "oneshot" else number - 1))
         trained = before.weights()
-        weights = {layer.name: trained[f"{layer.name}.weight"] for layer in self.layers}
+        weights = {layer.name: trained[weight_key(layer.name)] for layer in self.layers}
         return by_magnitude(self.layers, weights, before.mask(), number, self.search.scope)
 
     def _kernels(
@@ -164,7 +165,7 @@ class Driver:
     ) -> dict[str, Any]:
         """What result.json holds, without its timing."""
         stage, evaluations = planned.stage, files.evaluations()
-        judged = [record for record in evaluations if "val_loss" in record]
+        judged = [record for record in evaluations if not math.isnan(record.get("val_loss", math.nan))]
         final = dict(evaluations[-1]) if evaluations else None
         if self.task.conclude is not None:
             final = {**(final or {"iteration": training.iteration}), **_conclusion(self.task, training.model)}
@@ -179,7 +180,7 @@ class Driver:
             "start": planned.start,
             "iterations": training.iteration,
             "evaluations": len(evaluations),
-            "early_stop": min(judged, key=_val_loss) if judged else None,
+            "early_stop": min(judged, key=lambda record: record["val_loss"]) if judged else None,
             "final": final,
             "kernels": {key: value for key, value in kernels.items() if key != "sampled"},
         }
@@ -202,8 +203,12 @@ class Driver:
         model = mask_as_chosen(self._model(planned.stage, weights), masks, kernels)
         training = Training.begin(self.task, model, planned.start)
         step = stepper(self.task, training, self._seed(planned.stage, "order"), f"{planned.stage}, timed on a copy")
+        step.prepare()
+        schedule = training.schedule()
 
         def finished_step() -> None:
+            if training.iteration == planned.iterations:  # where schedules and batches may end
+                training.reschedule(planned.start, schedule)
             step()
             synchronize(model)
 
@@ -223,9 +228,4 @@ class Driver:
 def _conclusion(task: Task, model: nn.Module) -> dict[str, float]:
     assert task.conclude is not None
     with evaluating(model):
-        return {name: float(value) for name, value in task.conclude(model).items()}
-
-
-def _val_loss(record: Mapping[str, Any]) -> float:
-    loss = record["val_loss"]
-    return loss if loss == loss else float("inf")
+        return as_numbers("conclude", task.conclude(model))

@@ -11,17 +11,11 @@ from torch import Tensor, nn
 
 import lottery_kernels
 from lottery_kernels import gpu
-from lth.prune import Block, Layer
+from lth.prune import Block, Layer, weight_key
 
 DENSE = "dense masked"
 REASONS = {"sparse": "asked for", "dense": "asked for", "auto": "measured"}
 EXEMPT = "nothing of it is pruned, but a training step was faster with it in the layout of sparse layers"
-
-
-def check_maskable(model: nn.Module, layers: Sequence[Layer]) -> None:
-    """Raises TypeError or ValueError, by name, for a layer that cannot be masked; masks the model on the way."""
-    none_left = {layer.name: torch.zeros(layer.shape, dtype=torch.bool) for layer in layers}  # indexed in no time
-    lottery_kernels.sparsify(model, none_left, when=lambda name, layer, mask: False)
 
 
 def unmasked(layers: Sequence[Layer]) -> dict[str, Any]:
@@ -49,7 +43,7 @@ def choose_kernels(
     refused = {layer.name: _refused(model, layer) for layer in layers} if by_rule else {}
     if by_rule:
         when = lambda name, layer, mask: refused[name] is None  # noqa: E731
-    lottery_kernels.sparsify(model, masks, {layer.name: layer.block for layer in layers}, when, example)
+    model = lottery_kernels.sparsify(model, masks, {layer.name: layer.block for layer in layers}, when, example)
     choices = lottery_kernels.choices(model)
     for name, reason in refused.items():
         choices[name]["reason"] = reason or "served by GPU kernels; whole steps were compared"
@@ -63,7 +57,7 @@ def mask_as_chosen(model: nn.Module, masks: Mapping[str, Tensor], kernels: Mappi
     if not kernels["choices"]:
         return model
     exempt = kernels["choices"].keys() - masks.keys()
-    full = {name: torch.ones_like(model.get_parameter(f"{name}.weight"), dtype=torch.bool) for name in exempt}
+    full = {name: torch.ones_like(model.get_parameter(weight_key(name)), dtype=torch.bool) for name in exempt}
     return lottery_kernels.sparsify(model, {**masks, **full}, when=kernels["choices"])
 
 
@@ -79,7 +73,7 @@ def with_exempt(kernels: Mapping[str, Any], model: nn.Module, block: Block) -> d
     if not exempt:
         return None
     try:
-        lottery_kernels.sparsify(model, exempt, block, "always")
+        model = lottery_kernels.sparsify(model, exempt, block, "always")
     except (TypeError, ValueError):
         return None
     choices = {name: {**choice, "reason": EXEMPT} for name, choice in lottery_kernels.choices(model).items()}
@@ -111,7 +105,7 @@ def parse_block(text: str) -> Block:
 
 def _refused(model: nn.Module, layer: Layer) -> str | None:
     """Why the GPU kernels do not serve a layer, or could not win, in the type that it computes in; None if they may."""
-    dtype = model.get_parameter(f"{layer.name}.weight").dtype
+    dtype = model.get_parameter(weight_key(layer.name)).dtype
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
     return gpu.unsupported(dtype, layer.block) or gpu.nothing_to_save(layer.shape, layer.groups, dtype)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lth.prune import weight_key
 from lth.results import Point, Results
 from lth.store import Run, Stage, StageFiles
 
@@ -70,7 +71,7 @@ def _moved(run: Run, files: StageFiles, following: StageFiles) -> dict[bool, np.
     left = following.mask() if (following.path / "mask.safetensors").exists() else mask
     moved: dict[bool, list[np.ndarray]] = {True: [], False: []}
     for layer in run.layers:
-        key = f"{layer}.weight"
+        key = weight_key(layer)
         first, last = initial[key].float(), trained[key].float()
         away = (last - first) * first.sign() + last.abs() * (first == 0)
         moved[True].append(away[left[layer]].numpy())

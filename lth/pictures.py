@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ def _curve(
             if key in record:
                 by_iteration.setdefault(record["iteration"], []).append(scale * record[key])
     means = {i: statistics.fmean(values) for i, values in sorted(by_iteration.items()) if len(values) == len(found)}
-    if not means:
+    if not any(map(math.isfinite, means.values())):
         return None
     stop = results.point(EARLY_ITERATION, number, branch)
     remaining = results.remaining(number, branch)

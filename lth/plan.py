@@ -50,6 +50,7 @@ class Search:
     checkpoint_seconds: float = 20.0
 
     def __post_init__(self) -> None:
+        self._check_types()
         _check("iterations", self.iterations, self.iterations >= 1, "at least 1")
         _check("rounds", self.rounds, 0 <= self.rounds <= 99, "0 to 99")
         _check(
@@ -64,12 +65,30 @@ class Search:
             _check("branches", branch, branch in BRANCHES, ", ".join(BRANCHES))
         for number in self.branch_rounds or ():
             _check("branch_rounds", number, 1 <= number <= self.rounds, f"1 to the {self.rounds} rounds")
+        for name in ("branches", "branch_rounds"):
+            given = getattr(self, name) or ()
+            _check(name, given, len(set(given)) == len(given), "each of them once")
         rates = self.rate.values() if isinstance(self.rate, Mapping) else [self.rate]
         for rate in rates:
             _check("rate", rate, 0 < rate < 1, "between 0 and 1")
         _check("scope", self.scope, self.scope in SCOPES, ", ".join(SCOPES))
         one_rate = self.scope == "layer" or len(set(rates)) < 2
         _check("rate", self.rate, one_rate, "one rate for all layers that are not exempt where the scope is global")
+
+    def _check_types(self) -> None:
+        for name in ("iterations", "rounds", "rewind", "replicates", "seed", "eval_every"):
+            _check(name, getattr(self, name), isinstance(getattr(self, name), int), "a whole number")
+        listed = {"block": (int, "two whole numbers"), "branches": (str, "a sequence of names")}
+        if self.branch_rounds is not None:
+            listed["branch_rounds"] = int, "a sequence of whole numbers"
+        for name, (kind, allowed) in listed.items():
+            given = getattr(self, name)
+            right = isinstance(given, tuple | list) and all(isinstance(one, kind) for one in given)
+            _check(name, given, right, allowed)
+            object.__setattr__(self, name, tuple(given))
+        rates = self.rate.values() if isinstance(self.rate, Mapping) else [self.rate]
+        numbers = all(isinstance(rate, int | float) for rate in rates)
+        _check("rate", self.rate, numbers, "a number, or {module name: number}")
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, for run.json."""

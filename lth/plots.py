@@ -161,7 +161,8 @@ def against_remaining(
         remaining_axis(ax, sorted({round(x, 6) for line in lines for x in line.remaining}, reverse=True))
         ax.set_ylabel(axis)
         if floor:
-            ax.set_ylim(0, 1.06 * max(high for line in lines for high in line.highs))
+            highest, means = max(h for line in lines for h in line.highs), [m for line in lines for m in line.means]
+            ax.set_ylim(0, 1.06 * min(highest, 3 * max(means)) or 1)  # a bar that far out would flatten the lines
         else:
             cut = _cut(lines, level) if axis.endswith("(%)") else None
             if cut is not None:

@@ -40,10 +40,10 @@ class Settings:
     data: str = "mnist5k"  # of mnist5k, mnist, fashion-mnist, cifar10
     image: str = ""  # channels x height x width, such as 3x32x32: pads with black, repeats one channel; empty: its own
     augment: str = ""  # of training images, on the device: flip, crop (out of a frame of 4), separated by commas
-    iterations: int = 2500  # of a training; the paper's 50,000 fit 55,000 digits, these are 38 epochs of 4,000
+    iterations: int = 2500  # of a training; the paper's 50,000 fit LeNet's 55,000 digits, 2,500 are 38 epochs of 4,000
     batch: int = 60  # examples in a batch
     optimizer: str = "adam"  # adam or sgd
-    learning_rate: float = 1.2e-3  # the paper's, for LeNet
+    learning_rate: float = 1.2e-3  # at its full height; LeNet's is the paper's
     warmup: str = "0"  # iterations, or a share of them such as 2/3, over which the learning rate rises in equal steps
     milestones: str = ""  # where the learning rate falls to a tenth: iterations or shares, separated by commas
     momentum: float = 0.9  # of sgd

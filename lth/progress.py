@@ -66,6 +66,7 @@ class Progress(Observer):
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console()
+        self._can_redraw = self._console.is_terminal and not self._console.is_dumb_terminal
         self._clock = clock
         self._live: Live | None = None
         self._shown_at = float("-inf")
@@ -90,7 +91,7 @@ class Progress(Observer):
             self._results = {stage: run.stage(stage).result() for stage in finished}
             self._print(f"{len(finished)} of {len(plan.stages)} trainings are done already")
         self._time_left = TimeLeft(plan, self._results)
-        if self._console.is_terminal and len(finished) < len(plan.stages):
+        if self._can_redraw and len(finished) < len(plan.stages):
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
 
@@ -123,7 +124,7 @@ class Progress(Observer):
             first = stage.replicate != self._headed
             self._headed = stage.replicate
             title = f"Replicate {stage.replicate + 1} of {self._replicates()}" if self._replicates() > 1 else None
-            self._console.print(results_table(Results([result]), title=title if first else None, header=first))
+            self._print_table(results_table(Results([result]), title=title if first else None, header=first))
         else:
             self._print(f"  finished: {finished_line(result)}")
 
@@ -131,7 +132,7 @@ class Progress(Observer):
         self._stop()
         results = Results(self._results.values())
         count = len(results.replicates)
-        self._console.print(results_table(results, title=f"Means over {count} replicates" if count > 1 else None))
+        self._print_table(results_table(results, title=f"Means over {count} replicates" if count > 1 else None))
         self._console.print(saved_sentence(results.saved()), highlight=False)
 
     def note(self, text: str) -> None:
@@ -144,6 +145,9 @@ class Progress(Observer):
 
     def _print(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=not self._console.is_terminal)
+
+    def _print_table(self, table: Table) -> None:
+        self._console.print(table, crop=False)  # a narrower terminal wraps its rows, where columns would be lost
 
     def _show(self) -> None:
         now = self._clock()

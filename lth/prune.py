@@ -53,6 +53,11 @@ def remaining(pool: Sequence[Layer], rounds: int) -> int:
     return round(sum(layer.blocks for layer in pool) * (1 - pool[0].rate) ** rounds)
 
 
+def weight_key(layer: str, parameter: str = "weight") -> str:
+    """The name of a layer's weight in its model's state; the model may be the layer, whose name is "" then."""
+    return f"{layer}.{parameter}" if layer else parameter
+
+
 def prunable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """The layers that can be pruned, by module name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}

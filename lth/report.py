@@ -46,7 +46,8 @@ def main(arguments: Sequence[str]) -> int:
             out: folder for page and pictures; without it RUN/report, for several runs lth-report in this folder.
         """
         page = report(runs, out)
-        print(f"{page}, and {len(list(page.parent.glob('*.png')))} pictures beside it")
+        pictures = page.read_text(encoding="utf-8").count("<figure ")  # the folder may hold those of earlier reports
+        print(f"{page}, and its {pictures} pictures beside it")
         return 0
 
     return tyro.cli(command, prog="lth report", args=list(arguments))
@@ -89,21 +90,20 @@ def labels(runs: Sequence[Run]) -> list[str]:
     if len(runs) == 1:
         return names
     keys = dict.fromkeys(key for run in runs for key in run.settings)
-    differing = [key for key in keys if len({shown(run.settings.get(key)) for run in runs}) > 1]
+    differing = [key for key in keys if len({shown(key, run.settings.get(key)) for run in runs}) > 1]
     for some in (differing, *([key] for key in differing)):
-        found = [", ".join(f"{key} {shown(run.settings.get(key))}" for key in some) for run in runs]
+        found = [", ".join(f"{key} {shown(key, run.settings.get(key))}" for key in some) for run in runs]
         if len(set(found)) == len(runs) and max(map(len, found)) <= 40:
             return found
     return names if len(set(names)) == len(runs) else [str(run.path) for run in runs]
 
 
-def shown(value: Any) -> str:
-    """A setting in words: a pair of sizes as 16x16."""
+def shown(key: str, value: Any) -> str:
+    """A setting in words: a block as 16x16."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {shown(one)}" for key, one in value.items())
+        return ", ".join(f"{name} {shown(name, one)}" for name, one in value.items())
     if isinstance(value, list):
-        pair = len(value) == 2 and all(isinstance(one, int) for one in value)
-        return "{}x{}".format(*value) if pair else ", ".join(map(str, value)) or "none"
+        return ("x" if key == "block" else ", ").join(map(str, value)) or "none"
     return "none" if value is None or value == "" else str(value)
 
 
@@ -144,7 +144,7 @@ def _section(one: Read, prefix: str) -> dict[str, Any]:
         "rounds": round_rows(results),
         "layers": {name: _shown_layer(layer, one.run.settings) for name, layer in one.run.layers.items()},
         "layer_rows": layer_rows(one.run, results),
-        "settings": {key: shown(value) for key, value in sorted(one.run.settings.items())},
+        "settings": {key: shown(key, value) for key, value in sorted(one.run.settings.items())},
         "environment": [_shown_environment(record) for record in one.environment],
     }
 
@@ -156,11 +156,11 @@ def _prefix(number: int, one: Read) -> str:
 def _shown_layer(layer: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     together = " of all layers together" if settings.get("scope") == "global" else ""
     rate = f"{100 * layer['rate']:.3g} % a round{together}"
-    return f"{'×'.join(map(str, layer['shape']))}, block {shown(layer['block'])}, {rate}"
+    return f"{'×'.join(map(str, layer['shape']))}, block {shown('block', layer['block'])}, {rate}"
 
 
 def _shown_environment(record: Mapping[str, Any]) -> dict[str, str]:
-    words = {key: shown(value) for key, value in record.items() if key != "started"}
+    words = {key: shown(key, value) for key, value in record.items() if key != "started"}
     if "started" in record:
         words["started"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["started"]))
     return words

@@ -31,7 +31,7 @@ result.json          written last: a stage with it is finished, one without it i
 
 ``result.json`` holds ``replicate, round, branch, density, layers {layer: {"weights", "remaining"}}, start`` (iteration
 it started from), ``iterations`` (it ended at), ``evaluations`` (their count), ``early_stop`` and ``final`` (the
-evaluation records of the lowest ``val_loss`` and of the last iteration; null without evaluations; final also has
+evaluation records of the lowest ``val_loss`` and of the last iteration; null where there is none; final also has
 ``train_accuracy_all``, over the whole training set), ``kernels`` (as in kernels.json) and ``timing`` {``seconds`` spent
 in steps, ``step_ms`` their mean, ``sampled``: null or {``sparse_ms``, ``dense_ms``, ``speedup``, ``spread`` [lowest,
 highest ratio of the repeats]}, sampled side by side on copies before the first step; ``sparse_ms`` is the step as the
@@ -111,8 +111,13 @@ class StageFiles:
         return files.read_tensors(self.path / "weights.safetensors")
 
     def kernels(self) -> dict[str, Any] | None:
+        """None before they are chosen. A checkpoint continues on the kernels that it was made with, and no others."""
         path = self.path / "kernels.json"
-        return files.read_json(path) if path.exists() else None
+        if path.exists():
+            return files.read_json(path)
+        if (self.path / "checkpoint.pt").exists():
+            raise files.DamagedFile(f"{path}: missing")
+        return None
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The evaluations so far; of a finished stage, all of them."""
@@ -210,7 +215,8 @@ class Run:
         found = []
         for path in self.path.glob("replicate-*/round-*/result.json"):
             match = re.fullmatch(
-                r"replicate-(\d+)/round-(\d+)(?:-(\w+))?", path.parent.relative_to(self.path).as_posix()
+                rf"replicate-(\d+)/round-(\d+)(?:-({'|'.join(BRANCHES)}))?",
+                path.parent.relative_to(self.path).as_posix(),
             )
             if match:
                 found.append(Stage(int(match[1]), int(match[2]), match[3] or TICKET))

@@ -8,16 +8,17 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lth.checks import check_draws, check_example, check_maskable, check_model, check_optimizers, check_plain
 from lth.classify import Shuffled
 from lth.driver import Driver
 from lth.events import Observer, Plan
-from lth.masked import check_maskable, mask_as_chosen
+from lth.masked import mask_as_chosen
 from lth.plan import Search, make_plan
 from lth.prune import layers_of
 from lth.store import TICKET, Run, RunError, Stage, locked
@@ -56,6 +57,7 @@ class Ticket:
 
     def plant(self, model: nn.Module) -> nn.Module:
         """Loads the weights into a plain model and masks it, sparse or dense as it was trained here. In place."""
+        check_plain(model)
         model.load_state_dict(self.weights)
         return mask_as_chosen(model, self.masks, self.result["kernels"])
 
@@ -63,14 +65,30 @@ class Ticket:
 class Tickets:
     """What a search found. `tickets[n]` is the ticket of round n; `tickets[0]` is dense, `tickets[-1]` the sparsest."""
 
-    def __init__(self, run: Run, rounds: int) -> None:
-        self.run, self._rounds = run, rounds
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Tickets:
+        """What `find_ticket(out=folder)` or `lth run` left in a folder.
+
+        Raises:
+            RunError: the folder holds no run. DamagedFile: its description was truncated or altered.
+        """
+        return cls(Run.open(Path(folder)))
 
     def __len__(self) -> int:
-        return self._rounds + 1
+        return self.run.settings["rounds"] + 1
 
-    def __getitem__(self, number: int) -> Ticket:
-        return self.at(range(len(self))[number])
+    @overload
+    def __getitem__(self, number: int) -> Ticket: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[Ticket]: ...
+
+    def __getitem__(self, number: int | slice) -> Ticket | list[Ticket]:
+        found = range(len(self))[number]
+        return self.at(found) if isinstance(found, int) else [self.at(one) for one in found]
 
     def __iter__(self) -> Iterator[Ticket]:
         return (self[number] for number in range(len(self)))
@@ -110,12 +128,15 @@ def find_ticket(
         step: (model, batch) → loss or losses, a tensor or several. It leaves the gradients of the update in `.grad` and
             may clip them; the driver checks the losses, steps the optimizers and schedulers, and clears the gradients.
             Unless kernels="dense" it is also called on copies, to time sparse against dense masked.
-        optimizer: model → an optimizer or several. Sparse layers hold `values` in the place of `weight`: take
-            `parameters()`.
+        optimizer: model → an optimizer or several, whose steps need no closure. Masked layers train `weight_orig` and
+            sparse ones `values` [blocks, rows, cols] in the place of `weight`: take all `parameters()`, or pick them
+            by their modules or number of dimensions; picking by name is refused.
         scheduler: optimizer (or the list of several) → a scheduler or several, stepped every iteration.
         evaluate: model → numbers, called every `eval_every` iterations; `val_loss` decides the early stop.
-        example: batch → what the model is called with; the first entry of a tuple unless given. For kernels="auto".
-        out: the run's folder; without one, a temporary folder that lives as long as what is found.
+        example: batch → what the model is called with (a tensor, a tuple of arguments or a dict of named ones), for
+            kernels="auto" to time it; the first entry of a tuple unless given.
+        out: the run's folder, which `Tickets.open` reads later; without one, a temporary folder that lives as long as
+            what is found.
         resume: continue what `out` holds.
         observer: hears how it goes.
         graph: capture a whole training step, with its update, in a CUDA graph and replay it. `step` must be device work
@@ -128,7 +149,7 @@ def find_ticket(
     Raises:
         ValueError: a setting that cannot be.
         TypeError, ValueError: a layer to prune that cannot be masked, by name: parametrized, tied, a subclass. Give
-            `rate` without it.
+            `rate` without it. A model, optimizer, example or step that a search cannot be run with (`lth.checks`).
         RunError: the folder holds something else.
         Diverged: a loss was not finite.
         DamagedFile: a file of the run to resume was truncated or altered.
@@ -151,7 +172,7 @@ def find_ticket(
     chosen, settings = Search(iterations=iterations, **search), {"graph": True} if graph else None
     if out is not None:
         run = run_search(task, chosen, Path(out), resume=resume, observer=observer or Observer(), settings=settings)
-        return Tickets(run, chosen.rounds)
+        return Tickets(run)
     directory = Path(tempfile.mkdtemp(prefix="lth-"))
     try:
         run = run_search(task, chosen, directory, resume=False, observer=observer or Observer())
@@ -159,7 +180,7 @@ def find_ticket(
         shutil.rmtree(directory, ignore_errors=True)
         raise
     weakref.finalize(run, shutil.rmtree, directory, ignore_errors=True)
-    return Tickets(run, chosen.rounds)
+    return Tickets(run)
 
 
 def run_search(
@@ -181,10 +202,22 @@ def run_search(
 
 
 def plan_search(task: Task, search: Search, directory: Path | None) -> Plan:
+    """The plan, after all that can be checked without training.
+
+    Raises:
+        TypeError, ValueError: the model, a layer or an optimizer is none that a search can be run with.
+    """
     model = task.fresh()
+    check_model(model)
     layers = layers_of(model, search.rate, search.block)
+    plan = make_plan(search, layers, directory)
+    check_draws(task, search, layers)
     check_maskable(model, layers)
-    return make_plan(search, layers, directory)
+    if search.rounds:
+        check_optimizers(task, search, layers)
+        if search.kernels == "auto" and not task.graph:
+            check_example(task, search)
+    return plan
 
 
 def open_run(directory: Path, settings: Mapping[str, Any], plan: Plan, *, resume: bool) -> Run:
@@ -203,9 +236,16 @@ def open_run(directory: Path, settings: Mapping[str, Any], plan: Plan, *, resume
 
 
 def _batches(data: Tensor | Sequence[Tensor], batch_size: int | None) -> Shuffled:
+    rows = [data] if isinstance(data, Tensor) else data
+    if not isinstance(rows, Sequence) or not rows or not all(isinstance(one, Tensor) and one.ndim for one in rows):
+        held = f" of {type(rows[0]).__name__}" if isinstance(rows, Sequence) and rows else ""
+        raise TypeError(
+            f"data: a {type(data).__name__}{held}; it takes tensors of equal length, or a function (iteration, seed) → "
+            "batch"
+        )
     if batch_size is None:
         raise ValueError("batch_size: None; it takes a number where data is tensors")
-    return Shuffled([data] if isinstance(data, Tensor) else data, batch_size)
+    return Shuffled(rows, batch_size)
 
 
 def _redrawn(model: nn.Module) -> nn.Module:

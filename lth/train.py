@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 import time
 import warnings
@@ -83,9 +84,8 @@ class Training:
     @classmethod
     def begin(cls, task: Task, model: nn.Module, iteration: int) -> Training:
         """Fresh optimizers, and schedulers brought to `iteration`."""
-        made = task.optimizers(model)
-        optimizers = [made] if isinstance(made, Optimizer) else list(made)
-        schedulers = list(task.schedulers(optimizers))
+        optimizers = _optimizers(task, model)
+        schedulers = _schedulers(task, optimizers)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # no optimizer step went before
             for _ in range(iteration):
@@ -104,6 +104,21 @@ class Training:
             "random": random_state(),
         }
 
+    def schedule(self) -> dict[str, Any]:
+        """Where schedules stand: the state of the schedulers, and what they set in the optimizers."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        return copy.deepcopy({"options": options, "schedulers": [one.state_dict() for one in self.schedulers]})
+
+    def reschedule(self, iteration: int, schedule: Mapping[str, Any]) -> None:
+        """Goes on from an iteration at which schedules stood so; weights and state of optimizers stay as they are."""
+        self.iteration, schedule = iteration, copy.deepcopy(schedule)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, options in zip(groups, schedule["options"], strict=True):
+            group.update(options)
+        for scheduler, state in zip(self.schedulers, schedule["schedulers"], strict=True):
+            scheduler.load_state_dict(state)
+
     def restore(self, state: Mapping[str, Any]) -> None:
         self.iteration, self.seconds, self.steps = state["iteration"], state["seconds"], state["steps"]
         self.model.load_state_dict(state["model"])
@@ -120,6 +135,7 @@ class Step:
     def __init__(self, task: Task, training: Training, order_seed: int, stage: object) -> None:
         """`order_seed` seeds the batches; `stage` is named in errors."""
         self.task, self.training, self.order_seed, self.stage = task, training, order_seed, stage
+        self._has_gradients = False
 
     def prepare(self) -> None:
         """Does what is done once, before the time of steps is taken."""
@@ -129,6 +145,15 @@ class Step:
 
     def check(self) -> None:
         """Before anything of a training is judged or saved: raises :class:`Diverged` if a loss was not finite."""
+
+    def _require_gradients(self) -> None:
+        """Raises ValueError if the first step left no gradient: it would train nothing and say nothing."""
+        self._has_gradients = self._has_gradients or any(one.grad is not None for one in self.training.parameters)
+        if not self._has_gradients:
+            raise ValueError(
+                "step: it left no gradient in any parameter that the optimizers train; it has to call backward() on "
+                "a loss of the model that it was called with"
+            )
 
 
 class EagerStep(Step):
@@ -141,6 +166,8 @@ class EagerStep(Step):
             value = loss.item()
             if not math.isfinite(value):
                 raise diverged(name, value, training.iteration + 1, self.stage)
+        if not self._has_gradients:
+            self._require_gradients()
         for optimizer in training.optimizers:
             optimizer.step()
         for parameter in training.parameters:
@@ -201,8 +228,8 @@ def _evaluate(task: Task, training: Training, files: StageFiles, observer: Obser
     if task.evaluate is None:
         return
     with evaluating(training.model):
-        numbers = task.evaluate(training.model)
-    record = {"iteration": training.iteration, **{name: float(value) for name, value in numbers.items()}}
+        numbers = as_numbers("evaluate", task.evaluate(training.model))
+    record = {"iteration": training.iteration, **numbers}
     files.append_evaluation(record)
     observer.evaluated(files.stage, record)
 
@@ -221,10 +248,34 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def named(losses: Losses) -> Mapping[Any, Tensor]:
-    """The losses by name; one alone has the name ""."""
+    """The losses by name; one alone has the name "".
+
+    Raises:
+        TypeError: something else than tensors of one number.
+    """
     if isinstance(losses, Tensor):
-        return {"": losses}
-    return losses if isinstance(losses, Mapping) else dict(enumerate(losses))
+        by_name: Mapping[Any, Tensor] = {"": losses}
+    elif isinstance(losses, Mapping):
+        by_name = losses
+    else:
+        by_name = dict(enumerate(losses)) if isinstance(losses, Sequence) else {"": losses}
+    for loss in by_name.values():
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
+            raise TypeError(f"step: it returned {what}; it takes the loss, or losses, each a tensor of one number")
+    return by_name
+
+
+def as_numbers(who: str, returned: Any) -> dict[str, float]:
+    """{name: number} of what a user's function returned.
+
+    Raises:
+        TypeError: it returned something else.
+    """
+    try:
+        return {str(name): float(value) for name, value in returned.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{who}: it returned {returned!r}; it takes a dict of numbers by their names") from error
 
 
 def diverged(name: Any, value: float, step: int, stage: object) -> Diverged:
@@ -242,3 +293,33 @@ def synchronize(model: nn.Module) -> None:
     parameter = next(model.parameters(), None)
     if parameter is not None and parameter.is_cuda:
         torch.cuda.synchronize(parameter.device)
+
+
+def _optimizers(task: Task, model: nn.Module) -> list[Optimizer]:
+    made = task.optimizers(model)
+    optimizers = [made] if isinstance(made, Optimizer) else list(made)
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer: the function returned a {type(optimizer).__name__}; it takes an Optimizer")
+        _check_steps_alone("optimizer", optimizer)
+    return optimizers
+
+
+def _schedulers(task: Task, optimizers: list[Optimizer]) -> list[Any]:
+    schedulers = list(task.schedulers(optimizers))
+    for scheduler in schedulers:
+        if not callable(getattr(scheduler, "step", None)):
+            raise TypeError(f"scheduler: the function returned a {type(scheduler).__name__}, which cannot be stepped")
+        _check_steps_alone("scheduler", scheduler)
+    return schedulers
+
+
+def _check_steps_alone(who: str, stepped: Any) -> None:
+    """Raises TypeError for LBFGS, which calls back for losses, or ReduceLROnPlateau, which is told them."""
+    parameters = inspect.signature(stepped.step).parameters.values()
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if wanted := [one.name for one in parameters if one.default is one.empty and one.kind not in kinds]:
+        raise TypeError(
+            f"{who}: step() of {type(stepped).__name__} takes a {wanted[0]}, but is called after every iteration "
+            "without arguments"
+        )

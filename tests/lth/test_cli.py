@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +94,33 @@ def test_the_plan_of_a_convolutional_net_fits_a_terminal(
         assert all(word in printed for word in text.split())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "mnist", "--data-dir", "/nowhere"], "data_dir: /nowhere does not hold mnist"),
+        (["--batch", "5000"], "batch: 5000, but there are 4000 examples"),
+        (["--track", "w&b"], "track: 'w&b'"),
+        (["--checkpoint-seconds", "-1"], "checkpoint_seconds: -1.0"),
+    ],
+)
+def test_what_would_stop_the_run_stops_its_dry_run(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lth("run", "--dry-run", *arguments) == 1
+    said = capsys.readouterr()
+    assert message in said.err and not said.out
+
+
+def test_a_folder_may_have_any_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets are no markup, and what is to be typed is quoted."""
+    name = "a [b] [/b] ü"
+    assert lth("run", *SHORT, "--dry-run", "--out", name) == 0
+    assert f" {name} " in capsys.readouterr().out
+    assert lth("run", *SHORT, "--out", name) == 0
+    assert f"`lth report '{name}'` draws it" in capsys.readouterr().out
+    assert lth("report", name) == 0
+
+
 def test_a_preset_is_named_first_or_last_and_options_override_it(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (("lenet-wide", "--block", "64x64"), ("--block", "64x64", "lenet-wide")):
         assert lth("run", "--dry-run", *arguments) == 0
@@ -125,6 +153,8 @@ def test_a_preset_is_named_first_or_last_and_options_override_it(capsys: pytest.
         (["--exempt", "fc1,fc2,output"], "no layer is left to prune"),
         (["--branches", "reinit,again"], "branches: 'again'; it takes reinit, random, oneshot"),
         (["--branch-rounds", "three"], "branch_rounds: 'three'"),
+        (["--branches", "reinit,reinit"], "branches: ('reinit', 'reinit'); it takes each of them once"),
+        (["--branches", "reinit", "--branch-rounds", "3,3"], "branch_rounds: (3, 3); it takes each of them once"),
         (["--branch-rounds", "16"], "branch_rounds: 16; it takes 1 to the 15 rounds"),
         (["--rewind", "2500"], "rewind: 2500"),
         (["--kernels", "best"], "kernels: 'best'; it takes auto, sparse, dense"),
@@ -188,15 +218,29 @@ def test_help_lists_commands_and_the_presets_own_defaults(capsys: pytest.Capture
     assert lth("run", "--help") == 0
     printed = capsys.readouterr().out
     assert "lth report RUN" in printed and "--branch-rounds" in printed
+    assert lth("run", "conv4", "--help") == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "cifar10 (default: cifar10)" in printed and "(default: 25000)" in printed and "(default: 0.0003)" in printed
 
 
-def test_a_full_disk_is_said_in_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "no space is left on the disk to write x/"),
+        (errno.EDQUOT, "the disk quota leaves no space to write x/"),
+        (errno.EFBIG, "the limit on a file's size leaves no space to write x/"),
+    ],
+)
+def test_a_full_disk_is_said_in_a_line(
+    number: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(descriptor: int, content: bytes) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "write", full)
     assert lth("run", *SHORT, "--out", "x") == 1
-    assert "no space is left on the disk to write x/" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and "--resume continues" in said
 
 
 def test_a_damaged_run_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,24 +251,63 @@ def test_a_damaged_run_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> 
     assert "x/run.json: is truncated or altered" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_cleanly_and_says_how_to_go_on() -> None:
+def started(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """`lth ARGUMENTS` in a process of its own."""
     root = Path(__file__).parents[2]
     search = os.pathsep.join([str(root), str(root / "kernels"), *sys.path])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lth.cli", "run", "--iterations", "1000000", "--kernels", "dense", "--out", "x"],
-        env={**os.environ, "PYTHONPATH": search},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    environment = {**os.environ, "PYTHONPATH": search, **options.pop("env", {})}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen([sys.executable, "-m", "lth.cli", *arguments], env=environment, text=True, **pipes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_termination_end_cleanly_and_say_how_to_go_on(number: signal.Signals) -> None:
+    process = started("run", "--iterations", "1000000", "--kernels", "dense", "--out", "x")
     end = time.monotonic() + 60
-    while not Path("x/replicate-0/round-00/evaluations.jsonl").exists() and time.monotonic() < end:
+    while not (begun := Path("x/replicate-0/round-00/evaluations.jsonl").exists()) and time.monotonic() < end:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
+    assert begun
     out, error = process.communicate(timeout=60)
     assert process.returncode == cli.INTERRUPTED
     assert "interrupted; the same command with --resume continues x" in out
     assert "Traceback" not in out + error
+
+
+def test_output_that_nobody_reads_ends_the_run_and_says_how_to_go_on() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = started("run", *SHORT, "--out", "x", stdout=writing)
+    os.close(writing)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == cli.UNREAD
+    assert error == "lth: nobody reads the output; the same command with --resume continues x\n"
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("doctor", "--help")])
+def test_help_that_nobody_reads_ends_in_silence(arguments: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = started(*arguments, stdout=writing)
+    os.close(writing)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (cli.UNREAD, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_output_to_a_full_disk_is_said_in_a_line() -> None:
+    with open("/dev/full", "w") as full:
+        process = started("run", *SHORT, "--out", "x", stdout=full)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert error.startswith("lth: no space is left on the disk to write the output; what was written before is whole.")
+
+
+def test_letters_that_the_output_cannot_take_end_no_run() -> None:
+    process = started("run", *SHORT, "--out", "x", env={"PYTHONIOENCODING": "ascii"})
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, "")
+    assert "train\n" in out or "? test" in out
 
 
 def test_presets_hold_only_what_differs() -> None:

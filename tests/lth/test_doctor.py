@@ -172,3 +172,13 @@ def test_a_damaged_file_of_launch_settings_is_shown_and_harms_nothing():
     with pytest.warns(UserWarning, match="Some-GPU_triton-3.json is damaged"):
         status, text = examined()
     assert status == 0 and "GPU tiles from tables" in text
+
+
+def test_a_folder_with_brackets_is_named_as_it_is(monkeypatch, tmp_path):
+    folder = tmp_path / "a [b] [" / "b]"
+    (folder / "lottery-kernels" / "data" / "MNIST" / "raw").mkdir(parents=True)
+    (folder / "lottery-kernels" / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    status, text = examined()
+    assert status == 0
+    assert f"mnist damaged: {folder}/lottery-kernels/data/MNIST/raw: mnist lacks" in text

@@ -184,3 +184,17 @@ def printed(results: Results) -> list[str]:
     screen = console()
     screen.print(results_table(results))
     return screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_narrow_terminal_loses_no_column_of_the_table(terminal, tmp_path):
+    narrow, wide = (shown_run(tmp_path / str(width), console(terminal, width), rounds=1) for width in (40, 80))
+    for text in (narrow, wide):
+        last = text[text.rindex("speed") :]
+        assert "-up" in last and "×" in last
+
+
+def test_a_terminal_that_cannot_redraw_gets_plain_lines(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    text = shown_run(tmp_path, console(terminal=True), rounds=1)
+    assert text.count("finished: early stop at") == 2

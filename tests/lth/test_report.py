@@ -1,7 +1,9 @@
 """The report: what it claims, what it draws, and what it does with runs that are unfinished, damaged or several."""
 
 import base64
+import math
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
-from lth import plots
+from lth import pictures, plots
 from lth.cli import main
 from lth.files import DamagedFile
 from lth.findings import findings, saved_sentence
@@ -79,6 +81,43 @@ def test_the_table_shows_means_and_extremes(run, page):
 
 def test_a_finished_run_is_not_called_unfinished(page):
     assert "not finished" not in page.read_text()
+
+
+def test_pairs_of_numbers_are_a_block_only_where_they_are_one(tmp_path, undrawn):
+    run = write_run(tmp_path / "run", block=(4, 4), branches=("reinit",), branch_rounds=(1, 3))
+    text = report([run.path]).read_text()
+    assert "<td>branch_rounds</td><td>1, 3</td>" in text and "<td>block</td><td>4x4</td>" in text
+
+
+def test_a_copy_of_a_stage_beside_it_is_no_stage(tmp_path):
+    run = write_run(tmp_path / "run", branches=("reinit",))
+    before = run.finished()
+    for name in ("round-02-backup", "round-02.old"):
+        shutil.copytree(run.path / "replicate-0/round-02", run.path / "replicate-0" / name)
+    assert [stage.stage for stage in run.finished()] == [stage.stage for stage in before]
+
+
+def test_pictures_of_an_earlier_report_are_not_counted(tmp_path, undrawn, capsys):
+    run = write_run(tmp_path / "run", stages=1)
+    (run.path / "report").mkdir()
+    (run.path / "report" / "other.png").touch()
+    with pytest.raises(SystemExit):
+        main(["report", str(run.path)])
+    assert "report.html, and its 3 pictures beside it" in capsys.readouterr().out
+
+
+def test_a_curve_without_a_finite_value_is_not_drawn(tmp_path, undrawn):
+    run, nowhere = write_run(tmp_path / "run", stages=2), [{"iteration": 0, "val_loss": math.nan}]
+    evaluations = {stage.stage: nowhere for stage in run.finished()}
+    assert pictures.of_learning(results_of(run), evaluations) == []
+
+
+def test_an_axis_shows_the_lines_whatever_is_0_or_far_out():
+    line = plots.Line("ticket", plots.LOOKS[0], [80.0, 64.0], [2.0, 3.0], [1.0, 2.0], [4.0, 700.0])
+    drawn = plots.against_remaining("Speed-up", "× dense masked", [line], floor=True)
+    assert drawn.axes[0].get_ylim() == (0, pytest.approx(9.54))
+    nothing = plots.Line("ticket", plots.LOOKS[0], [80.0, 64.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0])
+    assert plots.against_remaining("Iteration", "iteration", [nothing], floor=True).axes[0].get_ylim() == (0, 1)
 
 
 def test_an_unfinished_run_is_reported_and_called_so(tmp_path, undrawn):

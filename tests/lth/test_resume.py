@@ -57,6 +57,14 @@ def test_interrupted_between_checkpoints_it_resumes_to_the_same_bits(tmp_path: P
     assert tiny.bits(tmp_path / "broken") == tiny.bits(tmp_path / "whole")
 
 
+def test_a_checkpoint_continues_on_no_other_kernels_than_its_own(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        tiny.search(out=tmp_path, iterations=12, observer=StopAt(Stage(0, 1), 9))
+    (tmp_path / "replicate-0/round-01/kernels.json").unlink()
+    with pytest.raises(files.DamagedFile, match=r"round-01/kernels\.json: missing"):
+        tiny.search(out=tmp_path, iterations=12, resume=True)
+
+
 def test_a_new_process_continues_with_the_same_bits(tmp_path: Path) -> None:
     """What a process does at its first step, such as to load kernels, must not show in the bits."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"

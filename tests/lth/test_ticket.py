@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lottery_kernels import SparseLinear
+from lth import Tickets
 from lth.masked import dense_weights
+from lth.report import report
+from lth.store import RunError
 from lth.train import Diverged
 from tests.lth import tiny
 
@@ -75,7 +80,7 @@ def test_every_training_has_a_fresh_optimizer() -> None:
         return made[-1]
 
     tiny.search(optimizer=optimizer, rounds=3)
-    assert len(made) == 4
+    assert sum(bool(one.state) for one in made) == 4
 
 
 def test_masks_come_from_the_trained_weights_of_the_round_before() -> None:
@@ -165,6 +170,11 @@ def test_the_early_stop_is_the_evaluation_of_least_validation_loss() -> None:
     assert [record["iteration"] for record in found[0].evaluations] == [0, 3, 6, 9, 12]
 
 
+def test_where_every_validation_loss_is_nan_there_is_no_early_stop() -> None:
+    result = tiny.search(evaluate=lambda model: {"val_loss": float("nan")})[1].result
+    assert result["early_stop"] is None and result["final"]["iteration"] == 6
+
+
 def test_without_an_evaluation_there_is_no_early_stop() -> None:
     result = tiny.search(evaluate=None)[1].result
     assert result["early_stop"] is None and result["final"] is None
@@ -228,7 +238,8 @@ def test_two_losses_clipping_a_scheduler_and_two_optimizers() -> None:
 
     found = tiny.search(step=step, optimizer=optimizers, scheduler=schedulers, rewind=2, rounds=1)
     per_round = [0.4, 0.4, 0.2, 0.2, 0.1, 0.1, 0.05]  # before the first step, then after each of six
-    assert [rate for rate, _ in rates] == pytest.approx(per_round * 2)
+    tried = 2  # made for a trial before any work, of a plain model and of a masked one
+    assert [rate for rate, _ in rates[tried:]] == pytest.approx(per_round * 2)
     assert {rate for _, rate in rates} == {0.1}
     assert len(norms) == 6 + 4 and max(norms) > 0.1
     assert differ(found[1].weights, found[1].trained) and differ(found[1].weights, found[1].trained, "4.weight")
@@ -275,10 +286,52 @@ def test_a_planted_ticket_is_the_pruned_start() -> None:
     found = tiny.search(rounds=2)
     model = found[2].plant(tiny.network())
     assert_equal(dense_weights(model), masked(found[0].weights, found[2].masks))
+    with pytest.raises(ValueError, match="model: it is pruned or sparse already; it takes a dense one"):
+        found[1].plant(model)
+
+
+def test_tickets_are_opened_from_the_folder_that_a_search_left(tmp_path: Path) -> None:
+    found = tiny.search(rounds=2, out=tmp_path / "run", kernels="sparse")
+    opened = Tickets.open(tmp_path / "run")
+    assert len(opened) == 3
+    models = [tickets[-1].plant(tiny.network()) for tickets in (found, opened)]
+    assert isinstance(models[0][0], SparseLinear)
+    assert_equal(*(dense_weights(model) for model in models))
+    with pytest.raises(RunError, match="holds no run"):
+        Tickets.open(tmp_path)
+
+
+@pytest.mark.parametrize("kernels", ["dense", "sparse"])
+def test_a_model_may_be_a_single_layer(kernels: str, tmp_path: Path) -> None:
+    found = tiny.search(model=lambda: nn.Linear(12, 3), kernels=kernels, rounds=2, out=tmp_path)
+    assert found[2].masks[""].sum() == round(36 * 0.7**2)
+    assert found[2].result["kernels"]["layers"] == {"": "sparse 1x1" if kernels == "sparse" else "dense masked"}
+    assert not found[2].trained["weight"][~found[2].masks[""]].any()
+    model = found[2].plant(nn.Linear(12, 3))
+    assert torch.equal(dense_weights(model)["weight"], found[2].weights["weight"] * found[2].masks[""])
+    assert report([tmp_path]).exists()
+
+
+def test_a_step_on_a_copy_leaves_schedules_and_batches_no_later_than_the_training() -> None:
+    """Both may end with it."""
+    x, y = tiny.examples()
+    asked = set()
+
+    def batches(iteration: int, seed: int) -> tuple[Tensor, Tensor]:
+        asked.add(iteration)
+        return x[iteration : iteration + 8], y[iteration : iteration + 8]
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=6)
+
+    found = tiny.search(data=batches, batch_size=None, scheduler=schedule, kernels="sparse", iterations=6, rewind=2)
+    assert found[1].result["timing"]["sampled"]["speedup"] > 0
+    assert asked == set(range(6))
 
 
 def test_tickets_are_counted_as_a_sequence() -> None:
     found = tiny.search(rounds=2)
+    assert [ticket.stage.round for ticket in found[1:]] == [1, 2]
     assert len(found) == 3 and [ticket.stage.round for ticket in found] == [0, 1, 2]
     assert found[-1].stage.round == 2
     with pytest.raises(IndexError):
@@ -297,6 +350,16 @@ def test_tickets_are_counted_as_a_sequence() -> None:
         ({"rewind": 6}, "rewind: 6; it takes 0 to below the 6 iterations"),
         ({"replicates": 0}, "replicates: 0"),
         ({"branches": ("again",)}, "branches: 'again'; it takes reinit, random, oneshot"),
+        ({"rounds": 2.5}, "rounds: 2.5; it takes a whole number"),
+        ({"iterations": 6.5}, "iterations: 6.5; it takes a whole number"),
+        ({"seed": "a"}, "seed: 'a'; it takes a whole number"),
+        ({"rate": "0.2"}, "rate: '0.2'; it takes a number"),
+        ({"block": 4}, "block: 4; it takes two whole numbers"),
+        ({"block": (2.0, 2.0)}, "block: .*; it takes two whole numbers"),
+        ({"branches": "reinit"}, "branches: 'reinit'; it takes a sequence of names"),
+        ({"branches": ("reinit", "reinit")}, "branches: .*; it takes each of them once"),
+        ({"branches": ("reinit",), "branch_rounds": 1}, "branch_rounds: 1; it takes a sequence of whole numbers"),
+        ({"branches": ("reinit",), "branch_rounds": (1, 1)}, "branch_rounds: .*; it takes each of them once"),
         ({"branches": ("reinit",), "branch_rounds": (2,)}, "branch_rounds: 2; it takes 1 to the 1 rounds"),
         ({"kernels": "fast"}, "kernels: 'fast'; it takes auto, sparse, dense"),
         ({"block": (0, 1)}, "block"),

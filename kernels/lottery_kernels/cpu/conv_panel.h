@@ -225,7 +225,7 @@ class TargetRow {
 
   // Entries that do not exist are zero.
   Vec<S> get(int64_t v) const {
-    return count(v) >= kLanes<S> ? load(at(v)) : get_part(at(v), std::max<int64_t>(0, count(v)));
+    return count(v) >= kLanes<S> ? load(at(v)) : load_part(at(v), std::max<int64_t>(0, count(v)));
   }
 
   // Vectors [0, vectors) to `to`.
@@ -241,7 +241,7 @@ class TargetRow {
     if (with_relu_) value = relu<S>(value);
     if (streams_) stream(at(v), value);
     else if (count(v) >= kLanes<S>) store(at(v), value);
-    else if (count(v) > 0) put_part(at(v), value, count(v));
+    else if (count(v) > 0) store_part(at(v), value, count(v));
   }
 
   // `first` + `sums` [V, lanes] to vectors v …
@@ -252,17 +252,6 @@ class TargetRow {
   }
 
  private:
-  // Not inlined: the vector's address would be taken, and with it the sums would lie in memory.
-  [[gnu::noinline]] static Vec<S> get_part(const S* from, int64_t count) {
-    S tail[kLanes<S>] = {};
-    std::memcpy(tail, from, count * sizeof(S));
-    return load(tail);
-  }
-
-  [[gnu::noinline]] static void put_part(S* to, Vec<S> value, int64_t count) {
-    std::memcpy(to, &value, count * sizeof(S));
-  }
-
   int64_t part(int64_t v) const { return v & ((1 << shift_) - 1); }
   T* at(int64_t v) const { return begin_ + (v >> shift_) * step_ + part(v) * kLanes<S>; }
 

@@ -28,38 +28,48 @@ struct LineChannels {
   }
 };
 
-// What packing costs for each target of a tile: sources packed, dearer in shorter pieces, and rows
-// shared with the tile above, which are moved.
-inline double packing_cost(const Axis& down, const Window& window, const Tiling& tiling) {
-  const double row = double(window.phases * window.slots) / tiling.cols;
+// What packing costs for each target of a tile: sources packed, dearer where a part of the batch makes short pieces of
+// them, and rows shared with the tile above, which are moved.
+inline double packing_cost(const Axis& down, const Window& window, const Tiling& tiling, bool whole_batch) {
+  const double row = double(window.phases * window.slots) / tiling.cols, piece = whole_batch ? 0 : 2. / tiling.vectors;
   const double kept = std::max<int64_t>(0, window.rows - tiling.rows * down.walk);
-  return row * (down.walk * (1 + 1.25 / tiling.vectors) + 0.5 * kept / tiling.rows);
+  return row * (down.walk * (1 + piece) + 0.5 * kept / tiling.rows);
 }
 
-// The cheapest tiles whose panel fits the second-level cache and whose runs fill the registers.
+// What each target of a tile costs, its sums in registers being 1: packing, beginnings and ends of runs, and sources that
+// are not in the second-level cache any more. Up to twice that cache is not dear: sparse lines read little of a panel.
+inline double tile_cost(const Axis& down, const Axis& across, const Tiling& tiling, int64_t channels, int64_t batch,
+                        int64_t lanes, int64_t bytes) {
+  const Window window(down, across, tiling, lanes);
+  const double run = 1 + 4. / (tiling.cols * tiling.vectors);
+  const double panel = double(channels * window.plane * bytes) / (cache_size() / 8 * 7);
+  const double misses = 0.3 * std::max(0., panel - 1) + 10 * std::max(0., panel - 2);
+  return (1 + packing_cost(down, window, tiling, tiling.vectors * lanes >= batch)) * run * (1 + misses);
+}
+
+// The cheapest tiles whose runs fill the registers.
 inline Tiling choose_tiling(const Axis& down, const Axis& across, int64_t channels, int64_t batch, int64_t lanes,
-                     int64_t bytes) {
-  constexpr int64_t kVectors = 4;
-  const int64_t room = cache_size() / 8 * 7;
+                            int64_t bytes) {
+  constexpr int64_t kVectors = 4, kFull = 8;
   Tiling best{1, 1, 1};
   double best_cost = std::numeric_limits<double>::infinity();
   for (int64_t vectors = kVectors; vectors >= 1; vectors /= 2) {
     if (vectors > 1 && vectors * lanes >= 2 * batch) continue;
     for (int64_t parts = 1; parts <= across.targets; parts *= 2) {
-      Tiling tiling{1, (across.targets + parts - 1) / parts, vectors};
-      if (parts > 1 && tiling.cols * vectors < 8) break;
-      const auto fits = [&](int64_t rows) {
-        return channels * Window(down, across, {rows, tiling.cols, vectors}, lanes).plane * bytes <= room;
-      };
-      const double overflow = fits(1) ? 0 : 100. * tiling.cols * vectors;  // the smallest, if none fits
-      while (tiling.rows < down.targets && fits(tiling.rows + 1)) ++tiling.rows;
-      const int64_t tiles = (down.targets + tiling.rows - 1) / tiling.rows;
-      tiling.rows = (down.targets + tiles - 1) / tiles;
-      const double narrow = tiling.cols * vectors < 8 ? 8. / (tiling.cols * vectors) : 1;
-      const double cost = (packing_cost(down, Window(down, across, tiling, lanes), tiling) + overflow) * narrow;
-      if (cost < best_cost) best = tiling, best_cost = cost;
+      const int64_t cols = (across.targets + parts - 1) / parts;
+      if (parts > 1 && cols * vectors < kFull) break;
+      double last = std::numeric_limits<double>::infinity();
+      for (int64_t rows = 1; rows <= down.targets; ++rows) {
+        const Tiling tiling{rows, cols, vectors};
+        const double cost = tile_cost(down, across, tiling, channels, batch, lanes, bytes);
+        if (cost > last) break;
+        if (cost <= best_cost) best = tiling, best_cost = cost;
+        last = cost;
+      }
     }
   }
+  const int64_t tiles = (down.targets + best.rows - 1) / best.rows;
+  best.rows = (down.targets + tiles - 1) / tiles;
   return best;
 }
 
@@ -99,7 +109,8 @@ struct Pass {
         tiling(choose_tiling(down, across, sources.channels.padded_total(), source.batch, kLanes<S>, sizeof(S))),
         tiles{tiling, tiling.vectors * kLanes<S>, down.targets, across.targets, source.batch},
         window(down, across, tiling, kLanes<S>),
-        room(int64_t(cache_size()) - sources.channels.padded_total() * window.plane * int64_t(sizeof(S))) {}
+        room(std::max(int64_t(cache_size()) - sources.channels.padded_total() * window.plane * int64_t(sizeof(S)),
+                      int64_t(cache_size() / 4))) {}
 
   void add_phase(const Axis& down, const Axis& across, const Entries& entries) {
     const int64_t others = sources.channels.padded_size / sources.depth;

@@ -1,6 +1,10 @@
 // One vector register of floats or doubles, through compiler extensions: AVX-512, AVX2, SSE and NEON alike.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -44,6 +48,36 @@ template <class S>
 inline void store(S* p, Vec<S> v) {
   std::memcpy(p, &v, sizeof v);
 }
+
+// The first `count` entries alone, fewer than there are lanes; the others are zero.
+#if defined(__AVX512F__)
+template <class S>
+inline Vec<S> load_part(const S* p, int64_t count) {
+  const uint32_t mask = (uint32_t(1) << count) - 1;
+  if constexpr (std::is_same_v<S, float>) return Vec<S>(_mm512_maskz_loadu_ps(__mmask16(mask), p));
+  else return Vec<S>(_mm512_maskz_loadu_pd(__mmask8(mask), p));
+}
+
+template <class S>
+inline void store_part(S* p, Vec<S> v, int64_t count) {
+  const uint32_t mask = (uint32_t(1) << count) - 1;
+  if constexpr (std::is_same_v<S, float>) _mm512_mask_storeu_ps(p, __mmask16(mask), __m512(v));
+  else _mm512_mask_storeu_pd(p, __mmask8(mask), __m512d(v));
+}
+#else
+// Not inlined: the vector's address would be taken, and with it the vectors beside it would lie in memory.
+template <class S>
+[[gnu::noinline]] Vec<S> load_part(const S* p, int64_t count) {
+  Vec<S> v = {};
+  std::memcpy(&v, p, count * sizeof(S));
+  return v;
+}
+
+template <class S>
+[[gnu::noinline]] void store_part(S* p, Vec<S> v, int64_t count) {
+  std::memcpy(p, &v, count * sizeof(S));
+}
+#endif
 
 template <class S>
 inline Vec<S> splat(S s) {
