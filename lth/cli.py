@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exits with 0, 1 (an error, said in a line), 2 (wrong usage), 130 (interrupted or terminated) or 141
     (nobody reads the output any more)."""
     _print_what_can_be_printed()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as cleanly as Ctrl-C
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as cleanly as Ctrl-C
     try:
         status = _obeyed(sys.argv[1:] if arguments is None else list(arguments))
         if sys.stdout is not None:  # it was closed then
@@ -87,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"lth: {_explained(error)}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _obeyed(arguments: list[str]) -> int:

@@ -211,8 +211,8 @@ def plan_search(task: Task, search: Search, directory: Path | None) -> Plan:
     check_model(model)
     layers = layers_of(model, search.rate, search.block)
     plan = make_plan(search, layers, directory)
-    check_draws(task, search, layers)
     check_maskable(model, layers)
+    check_draws(task, search, layers)
     if search.rounds:
         check_optimizers(task, search, layers)
         if search.kernels == "auto" and not task.graph:

@@ -259,7 +259,7 @@ def named(losses: Losses) -> Mapping[Any, Tensor]:
         by_name = losses
     else:
         by_name = dict(enumerate(losses)) if isinstance(losses, Sequence) else {"": losses}
-    for loss in by_name.values():
+    for loss in by_name.values() or [losses]:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
             raise TypeError(f"step: it returned {what}; it takes the loss, or losses, each a tensor of one number")

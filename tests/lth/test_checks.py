@@ -45,6 +45,12 @@ def lazy() -> nn.Module:
     return nn.Sequential(nn.LazyLinear(3))
 
 
+def parametrized() -> nn.Module:
+    model = tiny.network()
+    nn.utils.parametrizations.weight_norm(model[0])
+    return model
+
+
 def pruned() -> nn.Module:
     model = tiny.network()
     prune.l1_unstructured(model[0], "weight", 0.5)
@@ -64,6 +70,7 @@ def always(model: nn.Module) -> Callable[[], nn.Module]:
         ({"model": seeded, "replicates": 2}, "two draws gave equal weights, but replicates=2 take"),
         ({"model": Scaled(), "branches": ("reinit",)}, "module '' has parameters but no reset_parameters"),
         ({"model": Scaled(), "replicates": 2}, "module '' has parameters but no reset_parameters"),
+        ({"model": parametrized, "replicates": 2}, "'0' is parametrized"),
         ({"model": lazy}, "model: '0.weight' has no shape yet, its module is lazy"),
         ({"model": pruned}, "model: it is pruned or sparse already"),
         ({"model": lambda: nn.Sequential(WithNote(12, 3))}, "its state holds '0._extra_state', a str"),
@@ -159,7 +166,7 @@ def test_a_step_that_would_train_nothing_is_said_at_once(step: Any) -> None:
         tiny.search(step=step)
 
 
-@pytest.mark.parametrize("returned", [None, 0.5, torch.zeros(4), {"loss": 1.0}, [torch.tensor(1.0), None]])
+@pytest.mark.parametrize("returned", [None, 0.5, {}, torch.zeros(4), {"loss": 1.0}, [torch.tensor(1.0), None]])
 def test_a_step_that_returns_no_losses_is_said_at_once(returned: Any) -> None:
     def step(model: nn.Module, batch: Any) -> Any:
         tiny.step(model, batch)
