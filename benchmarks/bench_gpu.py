@@ -1,6 +1,6 @@
 """The work of the GPU kernels, counted from their compiled code, without a GPU.
 
-    python -m benchmarks.bench_gpu [--only TEXT] [--out benchmarks/gpu_work.md]
+    python -m benchmarks.bench_gpu [--only TEXT] [--jobs 2] [--out benchmarks/gpu_work.md]
 
 Every kernel is compiled for sm_80 and executed in the emulator of `tests/gpuless` on a sample of its programs that
 stands for all of them: a tile of activations (for a convolution, tiles of a whole image) times all block rows, or for
@@ -14,10 +14,13 @@ for fp16, whose counts are the same. Written are, for the three passes together 
     (a) the live share of blocks
     (b) a dense Triton kernel at the tile with the fewest instructions: for linear the product below, for a convolution
         this project's kernel with a full mask and its best block
+    (b2) for linear, that product with two in a step, as the sparse kernels have: Triton then moves less through
+        registers for sm_80. For a convolution (b) has two
     (c) the least for the tiling: each program reads its live blocks and the activation tiles that these need once, and
         writes its result once
     (d) the least without a tiling: live values, x and y each once
     (e) for the linear forward pass, PyTorch's `bsr_dense_addmm` with the settings that PyTorch ships for an A100
+    least     instructions that cannot be saved at these tiles: `gpu_floors.instructions_for_tiling`
     floor     what writing y and dx takes at least, for 512 bytes a store of a warp and, unless in fp32, four
               conversions, and (a) of the rest of the dense kernel's instructions; relative to these
 
@@ -32,9 +35,11 @@ import argparse
 import collections
 import itertools
 import math
+import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,31 +49,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lottery_kernels.gpu import settings
-from tests.gpu.cases import PRECISIONS, Layer, precision
+from tests.gpu.cases import Layer, precision
 from tests.gpuless.driver import Launch, stand_in
-from tests.gpuless.memory import SECTOR
+
+from .gpu_floors import CARDS, bound, instructions_for_tiling, least, least_for_tiling, proportional
 
 Counts = collections.Counter
 SHARES = (1.0, 0.2, 0.07, 0.05, 0.03)
 GPU = "sm_80"
 
 
-@dataclass(frozen=True)
-class Card:
-    """Documented peaks: bf16 tensor cores in FLOP/s, second-level cache and memory in bytes/s."""
-
-    flops: float
-    cache: float
-    memory: float
-
-
-CARDS = {
-    "A100": Card(312e12, 5120 * 1.41e9, 1555e9),  # 5120 bytes a clock: NVIDIA's white paper on the A100
-    "H100": Card(989e12, 5120 * 1.755e9, 3350e9),  # the cache's width is taken as the A100's
-}
 LAYERS = {
-    name: Layer("bf16", (32, 32), bias=False, **options)
+    name: Layer("bf16", (32, 32), bias=False, exact=True, **options)
     for name, options in {
         "linear 1024": {"weight_shape": (1024, 1024), "batch": 4096},
         "linear 2048": {"weight_shape": (2048, 2048), "batch": 4096},
@@ -89,21 +81,48 @@ TILES = (  # of the dense product: rows, cols, depth, warps, stages
 HEAD = (
     "Counted by `python -m benchmarks.bench_gpu`, whose docstring says what the columns hold. Nothing here is a time."
 )
+HEADS = (
+    *("layer, block", "(a) live", "matrix", "all / (b)", "/ (b2)", "least / (b)", "floor", "sectors / (b)", "/ (c)"),
+    *("/ (d)", "all / (e)", "sectors / (e)", "bound A100", "H100"),
+)
+BLOCKS = (16, 32, 64, 128)
 PER_LAYER = "linear 2048"  # whose passes are listed one by one
 IN_TF32 = "linear 1024"  # which is also counted in fp32 by tf32
 
 
 @triton.jit
-def dense_kernel(a_ptr, b_ptr, c_ptr, M, N, K, am, ak, bk, bn, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """c [M, N] = a [M, K] · b [K, N], any strides; sizes are multiples of the tile's."""
+def dense_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    M,
+    N,
+    K,
+    am,
+    ak,
+    bk,
+    bn,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):
+    """c [M, N] = a [M, K] · b [K, N], any strides; sizes are multiples of the tile's. A step of BK is one product or
+    two."""
+    HK: tl.constexpr = BK // PRODUCTS
     tiles = N // BN
     i_m, i_n = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    o_m, o_n, o_k = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    o_m, o_n, o_k = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, HK)
     p_a = a_ptr + o_m[:, None] * am + o_k[None, :] * ak
     p_b = b_ptr + o_k[:, None] * bk + o_n[None, :] * bn
     b_c = tl.zeros((BM, BN), dtype=tl.float32)
     for _ in range(K // BK):
-        b_c = tl.dot(tl.load(p_a), tl.load(p_b), b_c)
+        b_a, b_b = tl.load(p_a), tl.load(p_b)
+        if PRODUCTS == 2:
+            b_a1, b_b1 = tl.load(p_a + HK * ak), tl.load(p_b + HK * bk)
+        b_c = tl.dot(b_a, b_b, b_c)
+        if PRODUCTS == 2:
+            b_c = tl.dot(b_a1, b_b1, b_c)
         p_a += BK * ak
         p_b += BK * bk
     tl.store(c_ptr + o_m[:, None] * N + o_n[None, :], b_c.to(c_ptr.dtype.element_ty))
@@ -155,8 +174,8 @@ def sparse_work(layer: Layer) -> tuple[dict[str, Counts], int]:
     return {name: counted(run, sample, layer.precision) for name, run in layer.sparse().items()}, nnz
 
 
-def dense_work(layer: Layer) -> dict[str, Counts]:
-    """Each pass by a dense kernel at the tile with the fewest instructions."""
+def dense_work(layer: Layer, products: int = 1) -> dict[str, Counts]:
+    """Each pass by a dense kernel at the tile with the fewest instructions; `products` of a step, of a linear layer."""
     if layer.image is not None:
         blocks = [b for b in (32, 64, 128) if b <= min(layer.weight_shape[:2])]
         full = [sparse_work(replace(layer, block=(b, b), density=1.0))[0] for b in blocks]
@@ -164,12 +183,12 @@ def dense_work(layer: Layer) -> dict[str, Counts]:
     (out, inputs), batch = layer.weight_shape, layer.batch
     sizes = {"y": (batch, inputs, out), "dx": (batch, out, inputs), "dvalues": (out, batch, inputs)}
     return {
-        name: min((_product(name, layer, size, tile) for tile in TILES), key=_instructions)
+        name: min((_product(name, layer, size, tile, products) for tile in TILES), key=_instructions)
         for name, size in sizes.items()
     }
 
 
-def _product(name: str, layer: Layer, size: tuple[int, int, int], tile: tuple[int, ...]) -> Counts:
+def _product(name: str, layer: Layer, size: tuple[int, int, int], tile: tuple[int, ...], products: int) -> Counts:
     """Of a dense pass at a tile, with sizes rounded up to it."""
     rows, cols, depth, warps, stages = tile if layer.dtype.itemsize == 2 else (*tile[:2], tile[2] // 2, *tile[3:])
     m, k, n = (-(-length // step) * step for length, step in zip(size, (rows, depth, cols), strict=True))
@@ -179,7 +198,7 @@ def _product(name: str, layer: Layer, size: tuple[int, int, int], tile: tuple[in
     if name == "dvalues":  # dyᵀ · x
         a = torch.empty(k, m, dtype=layer.dtype).T
     grid, strides = (m // rows * (n // cols),), (*a.stride(), *b.stride())
-    options = {"BM": rows, "BN": cols, "BK": depth, "num_warps": warps, "num_stages": stages}
+    options = {"BM": rows, "BN": cols, "BK": depth, "PRODUCTS": products, "num_warps": warps, "num_stages": stages}
     return counted(
         lambda: dense_kernel[grid](a, b, c, m, n, k, *strides, **options), lambda launch: [0], layer.precision
     )
@@ -221,51 +240,6 @@ def bsr_work(layer: Layer) -> Counts | None:
         return counted(lambda: _triton_ops.bsr_dense_addmm(y, bsr, x.T, beta=0, out=y), sample)
 
 
-def least_for_tiling(layer: Layer, nnz: int) -> dict[str, float]:
-    """(c) in sectors, for each pass."""
-    (r, c), size, target = layer.block, layer.dtype.itemsize, settings.Target("cuda", 80, 108)
-    kind = PRECISIONS[layer.precision][1]
-    rows = layer.batch * math.prod(layer.image or ())
-    out, inputs = layer.weight_shape[0], layer.weight_shape[1]
-    least = {}
-    for name, cols, depth, features in (("y", r, c, out), ("dx", c, r, inputs)):
-        tile = settings.product_tile(rows, cols, depth, layer.dtype, kind, target, layer.image is not None)
-        tiles, per_line = -(-rows // tile.rows), cols // tile.cols
-        read = tiles * nnz * per_line * (depth * tile.cols + min(rows, tile.rows) * depth)
-        least[name] = (read + rows * features) * size / SECTOR
-    tile = settings.wgrad_tile(rows, layer.block, layer.dtype, kind, target)
-    programs = nnz * (r // tile.cols) * (c // tile.depth)
-    _, parts = settings.wgrad_split(programs, rows, tile.rows, target)
-    partial = 2 * parts * nnz * r * c * 4 if parts > 1 else 0  # fp32, written and read
-    least["dvalues"] = ((programs * rows * (tile.cols + tile.depth) + nnz * r * c) * size + partial) / SECTOR
-    return least
-
-
-def floor(layer: Layer, dense: Counts, live: float) -> float:
-    """The least share of the dense kernel's instructions: see above."""
-    rows = layer.batch * math.prod(layer.image or ())
-    written = rows * (layer.weight_shape[0] + layer.weight_shape[1]) * layer.dtype.itemsize
-    instructions = 5 if layer.dtype.itemsize == 2 else 1
-    writing = instructions * written / 512 / _instructions(dense)
-    return writing + live * (1 - writing)
-
-
-def least(layer: Layer, nnz: int) -> float:
-    """(d) in sectors, for the three passes."""
-    rows = layer.batch * math.prod(layer.image or ())
-    activations = rows * (layer.weight_shape[0] + layer.weight_shape[1])
-    return 3 * (activations + nnz * math.prod(layer.block)) * layer.dtype.itemsize / SECTOR
-
-
-def bound(card: Card, layer: Layer, nnz: int, sectors: float) -> float:
-    """Upper bound of the speed-up over dense at 80 % of peak, for the three passes."""
-    rows = layer.batch * math.prod(layer.image or ())
-    flops = 6 * rows * math.prod(layer.weight_shape)
-    share = nnz * math.prod(layer.block) / math.prod(layer.weight_shape)
-    sparse = max(flops * share / card.flops, sectors * SECTOR / card.cache, least(layer, nnz) * SECTOR / card.memory)
-    return flops / (0.8 * card.flops) / sparse
-
-
 def _instructions(counts: Counts) -> float:
     return counts["instructions"]
 
@@ -278,30 +252,40 @@ def _sectors(counts: Counts) -> float:
     return counts["sectors read"] + counts["sectors written"]
 
 
-def table(only: str) -> Iterator[str]:
-    """The lines of the Markdown tables."""
-    heads = ("layer, block", "(a) live", "matrix", "all / (b)", "floor", "sectors / (b)", "/ (c)", "/ (d)", "all / (e)")
+def table(only: str, jobs: int) -> Iterator[str]:
+    """The lines of the Markdown tables; layers are counted in `jobs` processes."""
+    plain, tf32 = LAYERS[PER_LAYER], replace(LAYERS[IN_TF32], precision="tf32")
     tables = [("The three passes together, bf16 (fp16 counts alike)", LAYERS, _lines)]
-    tables.append(("Pass by pass, bf16", {PER_LAYER: LAYERS[PER_LAYER]}, _lines_of_passes))
-    tables.append(("fp32 by tf32", {IN_TF32: replace(LAYERS[IN_TF32], precision="tf32")}, _lines))
-    for title, layers, lines in tables:
-        wanted = [
-            (name, replace(plain, block=(block, block)))
-            for name, plain in layers.items()
-            for block in (16, 32, 64, 128)
-            if block <= min(plain.weight_shape[:2]) // 2 and only in f"{title}, {name}, {block}"
-        ]
-        if wanted:
+    tables += [("Pass by pass, bf16", {PER_LAYER: plain}, _lines_of_passes)]
+    tables += [("fp32 by tf32", {IN_TF32: tf32}, _lines)]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_alone) as pool:
+        waiting = []
+        for title, layers, lines in tables:
+            for name, layer in layers.items():
+                blocks = [
+                    b for b in BLOCKS if b <= min(layer.weight_shape[:2]) // 2 and only in f"{title}, {name}, {b}"
+                ]
+                if blocks:
+                    waiting.append((title, pool.submit(_lines_of_layer, lines, name, layer, blocks)))
+        for title, group in itertools.groupby(waiting, lambda pair: pair[0]):
             yield f"\n{title}:\n"
-            yield f"| {' | '.join(heads)} | sectors / (e) | bound A100 | H100 |"
-            yield "|---" * (len(heads) + 3) + "|"
-        for name, group in itertools.groupby(wanted, lambda pair: pair[0]):
-            dense = dense_work(layers[name])
-            for _, layer in group:
-                yield from lines(name, layer, dense)
+            yield f"| {' | '.join(HEADS)} |"
+            yield "|---" * len(HEADS) + "|"
+            for _, future in group:
+                yield from future.result()
 
 
-def _lines(name: str, plain: Layer, dense: dict[str, Counts]) -> Iterator[str]:
+def _alone() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="Sparse ")  # of PyTorch about its block-sparse tensors
+
+
+def _lines_of_layer(lines: Callable[..., Iterator[str]], name: str, layer: Layer, blocks: list[int]) -> list[str]:
+    dense = [dense_work(layer, products) for products in ((1, 2) if layer.image is None else (1,))]
+    return [line for block in blocks for line in lines(name, replace(layer, block=(block, block)), dense)]
+
+
+def _lines(name: str, plain: Layer, dense: list[dict[str, Counts]]) -> Iterator[str]:
     full: dict[str, Counts] = {}
     for share in SHARES:
         layer = replace(plain, density=share)
@@ -312,12 +296,13 @@ def _lines(name: str, plain: Layer, dense: dict[str, Counts]) -> Iterator[str]:
             yield _line(f"{name}, {layer.block[0]}", layer, nnz, nnz / blocks, passes, full, dense, bsr_work(layer))
 
 
-def _lines_of_passes(name: str, plain: Layer, dense: dict[str, Counts]) -> Iterator[str]:
+def _lines_of_passes(name: str, plain: Layer, dense: list[dict[str, Counts]]) -> Iterator[str]:
     layer = replace(plain, density=0.05)
     (passes, nnz), (full, blocks) = sparse_work(layer), sparse_work(replace(plain, density=1.0))
     for key in passes:
-        one = [{key: work[key]} for work in (passes, full, dense)]
-        yield _line(f"{name}, {layer.block[0]}: {key}", layer, nnz, nnz / blocks, *one, None)
+        one = [{key: work[key]} for work in (passes, full)]
+        only = [{key: work[key]} for work in dense]
+        yield _line(f"{name}, {layer.block[0]}: {key}", layer, nnz, nnz / blocks, *one, only, None)
 
 
 def _line(
@@ -327,28 +312,31 @@ def _line(
     live: float,
     passes: dict[str, Counts],
     full: dict[str, Counts],
-    dense: dict[str, Counts],
+    denses: list[dict[str, Counts]],
     peer: Counts | None,
 ) -> str:
     work, sectors = _sum(passes), _sectors(_sum(passes))
     matrix = work["mma"] / _sum(full)["mma"]
     exact = "= (a)" if math.isclose(matrix, live, rel_tol=1e-9) else f"{matrix:.4f}"
-    cells = [f"{live:.2%}", exact, f"{_instructions(work) / _instructions(_sum(dense)):.1%}"]
+    dense = denses[0]
+    shares = [f"{_instructions(work) / _instructions(_sum(one)):.1%}" for one in denses]
+    cells = [f"{live:.2%}", exact, *shares, *["–"] * (2 - len(shares))]
     tiling = least_for_tiling(layer, nnz)
     against = f"{sectors / sum(tiling[name] for name in passes):.2f}"
     if len(passes) < 3:
-        cells += ["–", f"{sectors / _sectors(_sum(dense)):.1%}", against, "–", "–", "–", "–", "–"]
+        cells += ["–", "–", f"{sectors / _sectors(_sum(dense)):.1%}", against, "–", "–", "–", "–", "–"]
         return f"| {label} | {' | '.join(cells)} |"
-    cells += [f"{floor(layer, _sum(dense), live):.1%}", f"{sectors / _sectors(_sum(dense)):.1%}", against]
+    whole = _instructions(_sum(dense))
+    half = layer.dtype.itemsize == 2
+    cells.append(f"{instructions_for_tiling(layer, nnz) / whole:.1%}" if half else "–")
+    cells += [f"{proportional(layer, whole, live):.1%}", f"{sectors / _sectors(_sum(dense)):.1%}", against]
     cells.append(f"{sectors / least(layer, nnz):.1f}")
     if peer:
         y = passes["y"]
         cells += [f"{_instructions(y) / _instructions(peer):.2f}", f"{_sectors(y) / _sectors(peer):.2f}"]
     else:
         cells += ["–", "–"]
-    cells += [
-        f"{bound(card, layer, nnz, sectors):.1f}" if layer.dtype.itemsize == 2 else "–" for card in CARDS.values()
-    ]
+    cells += [f"{bound(card, layer, nnz, sectors):.1f}" if half else "–" for card in CARDS.values()]
     return f"| {label} | {' | '.join(cells)} |"
 
 
@@ -357,12 +345,11 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="layers whose line contains this text, for example 'linear 4096, 32'"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="processes that count at the same time")
     parser.add_argument("--out", type=Path, help="Markdown file to write the table to")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message="Sparse ")  # of PyTorch about its block-sparse tensors
     lines = [HEAD]
-    for line in table(given.only):
+    for line in table(given.only, given.jobs):
         print(line, flush=True)
         lines.append(line)
     if given.out:

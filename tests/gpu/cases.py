@@ -41,6 +41,7 @@ class Layer:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     density: float = 0.3  # share of live blocks
+    exact: bool = False  # whether as many blocks are live as that share rounds to; otherwise each is drawn
     fine: bool = False  # whether the mask is finer than its blocks
     bias: bool = True
     relu: bool = False
@@ -62,7 +63,11 @@ class Layer:
         out, inputs, *kernel = self.weight_shape
         rows, cols = out // self.groups, inputs
         shape = (self.groups, -(-rows // self.block[0]), -(-cols // self.block[1]), *kernel)
-        mask = torch.rand(shape, generator=self._generator()) < self.density
+        mask = torch.rand(shape, generator=self._generator())
+        if self.exact:  # the smallest numbers
+            mask = mask.flatten().argsort().argsort().reshape(shape) < round(self.density * mask.numel())
+        else:
+            mask = mask < self.density
         mask = mask.repeat_interleave(self.block[0], 1)[:, :rows].repeat_interleave(self.block[1], 2)[:, :, :cols]
         mask = mask.reshape(self.weight_shape)
         return mask & (torch.rand(mask.shape, generator=self._generator()) < 0.5) if self.fine else mask

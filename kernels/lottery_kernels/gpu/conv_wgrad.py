@@ -41,15 +41,22 @@ def load_pixels(
     INSIDE: tl.constexpr,
     EVEN_M: tl.constexpr,
     TAIL_K: tl.constexpr,
+    HALF: tl.constexpr,
+    HOISTED: tl.constexpr,
 ):
-    """x [HM, BC] where dy's pixels m + o_m look through a tap, zero outside of the image and from pixel `last` on."""
+    """x [HM, BC] where dy's pixels m + HALF + o_m look through a tap, zero outside of the image and from pixel `last`
+    on. HOISTED: m is the first of an image, so that the pixels look the same way every time; masks leave the loop."""
     HM: tl.constexpr = o_m.shape[0]
     PIXELS: tl.constexpr = YH * YW
-    ALIGNED: tl.constexpr = HM % YW == 0 and (HM % PIXELS == 0 or PIXELS % HM == 0)
-    # Whole images, or whole rows of one, are the same pixels every time, from another one on.
-    begin_image = m // PIXELS
-    o_pixel = o_m if ALIGNED else m % PIXELS + o_m
-    begin_h = (m % PIXELS // YW if ALIGNED else 0) * STRIDE_H + shift_h
+    if HOISTED:
+        begin_image = m // PIXELS
+        o_pixel = HALF + o_m
+        begin_h = shift_h
+    else:
+        ALIGNED: tl.constexpr = HM % YW == 0 and (HM % PIXELS == 0 or PIXELS % HM == 0)  # whole rows or images
+        begin_image = (m + HALF) // PIXELS
+        o_pixel = o_m if ALIGNED else (m + HALF) % PIXELS + o_m
+        begin_h = ((m + HALF) % PIXELS // YW if ALIGNED else 0) * STRIDE_H + shift_h
     o_h = o_pixel % PIXELS // YW * STRIDE_H
     o_w = o_pixel % YW * STRIDE_W
     IMAGES: tl.constexpr = HM // PIXELS + 2
@@ -60,7 +67,7 @@ def load_pixels(
         return tl.load(p_x, mask=m_k if TAIL_K else None, other=0.0 if TAIL_K else None)
     else:  # a negative coordinate is a large unsigned one
         m_x = ((o_h + begin_h).to(tl.uint32) < XH) & ((o_w + shift_w).to(tl.uint32) < XW)
-        m_x = m_x[:, None] if EVEN_M else (m_x & (m + o_m < last))[:, None]
+        m_x = m_x[:, None] if EVEN_M else (m_x & (m + HALF + o_m < last))[:, None]
         return tl.load(p_x, mask=m_x & m_k if TAIL_K else m_x, other=0.0)
 
 
@@ -113,6 +120,7 @@ def conv2d_wgrad_kernel(
     TAIL_N: tl.constexpr = N % R != 0
     TAIL_K: tl.constexpr = K % C != 0
     HM: tl.constexpr = BM // 2 if HALVES == "depth" else BM
+    HOISTED: tl.constexpr = BM % (YH * YW) == 0 and BR * BC < 64 * 64  # larger blocks have no registers left for it
     pid = tl.program_id(0)
     i_part = pid // (nnz * TILES)
     i_entry = pid % (nnz * TILES) // TILES
@@ -163,12 +171,14 @@ def conv2d_wgrad_kernel(
             INSIDE,
             EVEN_M,
             TAIL_K,
+            0,
+            HOISTED,
         )  # [HM, BC]
         if HALVES == "depth":
             b_dy1 = load_rows(dy_ptr, m1, GROUPS * N, o_dy, m_n, (m1 + o_m < last)[None, :], TAIL_N, EVEN_M)
             b_x1 = load_pixels(
                 x_ptr,
-                m1,
+                m,
                 o_m,
                 o_c,
                 m_k,
@@ -187,6 +197,8 @@ def conv2d_wgrad_kernel(
                 INSIDE,
                 EVEN_M,
                 TAIL_K,
+                HM,
+                HOISTED,
             )
         b_dw = tl.dot(b_dy, b_x, b_dw, input_precision=PRECISION)
         if HALVES == "depth":
