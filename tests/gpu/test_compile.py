@@ -31,6 +31,24 @@ def test_some_kernels_compile_as_the_table_says(gpu):
     check_rows([rows[i * each + (9 * i + 3) % each] for i in range(len(matrix.OPERATORS))])
 
 
+def check_whole_images(rows: list[matrix.Row]) -> None:
+    """The weight gradient has a way of its own where images fill a step exactly: no more spills than without it."""
+    for row in rows:
+        whole, others = (matrix.compiled(row, image).spilled for image in ((8, 8), (12, 12)))
+        assert whole <= others, f"{row.key} spills {whole} bytes over whole images, {others} otherwise"
+
+
+@pytest.mark.parametrize("gpu", matrix.GPUS)
+def test_a_weight_gradient_over_whole_images_spills_no_more(gpu):
+    check_whole_images([matrix.Row(gpu, "conv2d_wgrad", "bf16", (32, 32))])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("gpu", matrix.GPUS)
+def test_no_weight_gradient_over_whole_images_spills_more(gpu):
+    check_whole_images([row for row in matrix.rows() if (row.gpu, row.operator) == (gpu, "conv2d_wgrad")])
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("operator", matrix.OPERATORS)
 @pytest.mark.parametrize("gpu", matrix.GPUS)

@@ -59,6 +59,13 @@ def test_the_batch_is_cut_where_few_blocks_are_live():
 
 
 @GPUS
+@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize(("block", "image", "stride"), [((16, 16), (4, 4), (1, 1)), ((32, 32), (8, 16), (1, 2))])
+def test_images_that_fill_a_step_of_the_weight_gradient_exactly(gpu, name, block, image, stride):
+    check_layer(Layer(name, block, (64, 40, 3, 3), 9, image, stride, padding=(1, 1)), gpu)
+
+
+@GPUS
 def test_strides_beyond_32_bits(gpu):
     """One row, of features or of an image, may have any stride."""
     far = 2**40
@@ -96,7 +103,5 @@ def test_matrix_instructions_are_proportional_to_live_blocks(stride):
         counts.append([launch.counts["mma"] for launch in gpu.launches if launch.counts["mma"]])
     few, all_ = (layer.pattern().nnz for layer in layers)
     assert 0 < few < all_ == 36
-    if stride == (1, 1):
-        assert [some * all_ for some in counts[0]] == [full * few for full in counts[1]]
-    else:  # each tap is seen by one phase of dgrad, which all have equally many pixels here
-        assert [some * all_ for some in counts[0]] == [full * few for full in counts[1]]
+    # With strides each tap is seen by one phase of dgrad, which all have equally many pixels here.
+    assert [some * all_ for some in counts[0]] == [full * few for full in counts[1]]
