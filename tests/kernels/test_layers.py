@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.compiler import config as compiler_config
 from torch.nn.utils import prune
 
 from lottery_kernels import SparseConv2d, SparseLinear
@@ -494,9 +495,9 @@ def test_one_compiled_graph_serves_fifteen_masks(make, shape, block):
     assert counter.frame_count <= 3
 
 
-def test_inductor_trains_as_eager_does(monkeypatch):
-    # what another version of the kernels compiled is no test of this one, and the cache cannot tell them apart
-    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
+# What another version of the kernels compiled is no test of this one, and the cache cannot tell them apart.
+@compiler_config.patch(force_disable_caches=True)
+def test_inductor_trains_as_eager_does():
     torch._dynamo.reset()
     layer = sparse_linear(dtype=torch.float32)
     compiled = torch.compile(nn.Sequential(layer, nn.ReLU()), fullgraph=True)
