@@ -167,6 +167,15 @@ def test_fp32_is_as_exact_as_torch(block):
     Case(dtype=torch.float32, block=block, batch=60, image=(8, 8)).check_error()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [24, 48, 80, 96])
+def test_batches_whose_last_tile_is_short_of_whole_vectors(batch, dtype):
+    """In images that are larger than the second-level cache, so that what is written goes past it."""
+    case = Case(batch=batch, image=(24, 24), inputs=32, outputs=32, density=0.05, dtype=dtype)
+    for found, expected in zip(case.found(), case.expected(), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3 if dtype == torch.float32 else 1e-9)
+
+
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
 @pytest.mark.parametrize("block", [(1, 1), (4, 4)])
 def test_each_gradient_alone_equals_all_at_once(block, wanted):

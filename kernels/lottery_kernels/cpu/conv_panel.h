@@ -239,8 +239,7 @@ class TargetRow {
 
   void put(int64_t v, Vec<S> value) const {
     if (with_relu_) value = relu<S>(value);
-    if (streams_) stream(at(v), value);
-    else if (count(v) >= kLanes<S>) store(at(v), value);
+    if (count(v) >= kLanes<S>) streams_ ? stream(at(v), value) : store(at(v), value);
     else if (count(v) > 0) store_part(at(v), value, count(v));
   }
 
