@@ -121,8 +121,7 @@ class GatedStep(Step):
         for parameter in self.training.parameters:
             parameter.grad = None  # so that backward writes gradients anew, and does not add to them
         self.gate.judge(self.task.step(self.training.model, self._batch))
-        if not self._has_gradients:
-            self._require_gradients()
+        self._require_gradients()
         with self._rates_as_tensors():
             for optimizer in self.training.optimizers:
                 optimizer.found_inf = self.gate.shut  # type: ignore[attr-defined]

@@ -166,8 +166,7 @@ class EagerStep(Step):
             value = loss.item()
             if not math.isfinite(value):
                 raise diverged(name, value, training.iteration + 1, self.stage)
-        if not self._has_gradients:
-            self._require_gradients()
+        self._require_gradients()
         for optimizer in training.optimizers:
             optimizer.step()
         for parameter in training.parameters:

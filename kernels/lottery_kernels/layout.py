@@ -26,6 +26,15 @@ def is_batch_innermost(x: Tensor) -> bool:
     return x.dim() == 4 and x.device.type == "cpu" and x.shape[0] > 1 and x.permute(1, 2, 3, 0).is_contiguous()
 
 
+def _kernel_serves(name: str, x: Tensor) -> bool:
+    """Whether the compiled kernel `name` takes such an image here and now."""
+    return (
+        x.dtype in (torch.float32, torch.float64)
+        and not operators.transformed()
+        and operators._backend_serves(name, "cpu")
+    )
+
+
 class BatchInnermostBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` that keeps batch-innermost images so; in training by kernels of this package's own."""
 
@@ -44,9 +53,7 @@ class BatchInnermostBatchNorm2d(nn.BatchNorm2d):
         if not (self.training or self.running_mean is None) or n * h * w < 2 or c != self.num_features:
             return False
         same = self.weight is None or self.weight.dtype == input.dtype
-        if not same or input.dtype not in (torch.float32, torch.float64) or operators.transformed():
-            return False
-        return operators._backend_serves("batch_norm", "cpu")
+        return same and _kernel_serves("batch_norm", input)
 
     def _normalize(self, input: Tensor, relu: bool = False) -> Tensor:
         y, mean, var = torch.ops.lottery_kernels.batch_norm(input, self.weight, self.bias, self.eps, relu)
@@ -95,12 +102,12 @@ class BatchInnermostMaxPool2d(_BatchInnermostPool, nn.MaxPool2d):
         return super().forward(input)
 
     def _has_kernel(self, input: Tensor, kernel: tuple[int, int], stride: tuple[int, int]) -> bool:
-        plain = _pair(self.padding) == (0, 0) and _pair(self.dilation) == (1, 1) and not operators.transformed()
-        if not plain or self.ceil_mode or self.return_indices or input.dtype not in (torch.float32, torch.float64):
+        plain = _pair(self.padding) == (0, 0) and _pair(self.dilation) == (1, 1)
+        if not plain or self.ceil_mode or self.return_indices:
             return False
         if any(not 0 < k <= min(s, size) for k, s, size in zip(kernel, stride, input.shape[2:], strict=True)):
             return False
-        return operators._backend_serves("max_pool2d", "cpu")
+        return _kernel_serves("max_pool2d", input)
 
 
 class BatchInnermostAvgPool2d(_BatchInnermostPool, nn.AvgPool2d):
