@@ -1,5 +1,6 @@
 """Compiling at first use: once, in parallel, after a kill, without a compiler, off PATH."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -83,6 +84,15 @@ def test_a_changed_source_is_compiled_anew(workshop):
     first, _ = workshop.run()
     (workshop.sources / "one.cpp").write_text('extern "C" int one() { return 2; }\n')
     assert workshop.run()[0] != first
+
+
+def test_appended_flags_make_a_library_of_their_own(workshop):
+    (workshop.sources / "one.cpp").write_text('extern "C" int one() { return ANSWER; }\n')
+    answers = []
+    for answer in ("1", "2"):
+        library, _ = workshop.run(LOTTERY_KERNELS_CXXFLAGS=f"-DANSWER={answer}")
+        answers.append(ctypes.CDLL(library).one())
+    assert answers == [1, 2]
 
 
 def test_parallel_first_uses_compile_once(workshop):

@@ -1,7 +1,8 @@
 """Compiles the C++ kernels when they are first needed and loads them.
 
 The library lies in a folder of torch's extension directory (`TORCH_EXTENSIONS_DIR`), under a key of everything it
-depends on: sources, flags, torch, compiler and CPU. `LOTTERY_KERNELS_NO_CPP=1` turns it off.
+depends on: sources, flags, torch, compiler and CPU. `LOTTERY_KERNELS_NO_CPP=1` turns it off;
+`LOTTERY_KERNELS_CXXFLAGS` holds flags to append, as `-march=haswell` for a library without AVX-512.
 
 torch's own `cpp_extension.load` is not used: it needs ninja on PATH, and a lock file that a killed compile leaves
 behind hangs every later run. Here the operating system holds the lock, and lets go of it when its holder dies.
@@ -133,7 +134,9 @@ def _compile_flags() -> list[str]:
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's clang has none: one thread there
     includes = [part for path in _cpp_extension().include_paths() for part in ("-isystem", path)]
-    return ["-O3", native, *openmp, "-fPIC", "-std=c++20", *includes]
+    # Not CXXFLAGS: conda's compilers set that to an old -march, which would cost the vectors.
+    own = shlex.split(os.environ.get("LOTTERY_KERNELS_CXXFLAGS", ""))
+    return ["-O3", native, *openmp, "-fPIC", "-std=c++20", *own, *includes]
 
 
 def _link_flags(compiler: list[str]) -> list[str]:
