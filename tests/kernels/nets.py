@@ -53,3 +53,13 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: 
         nn.functional.cross_entropy(model(x), target).backward()
         optimizer.step()
     return model
+
+
+def snapshot(model: nn.Module) -> dict:
+    """Everything of a model that a failed conversion might have changed, identities included."""
+    return {
+        "modules": list(model.named_modules(remove_duplicate=False)),
+        "parameters": [(name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)],
+        "state": {key: value.tolist() for key, value in model.state_dict().items()},
+        "hooks": [[*module._forward_pre_hooks] for module in model.modules()],
+    }
