@@ -116,6 +116,7 @@ class PanelBackward {
       if (buffer && !dead) pack_x(first * weight_.c, last * weight_.c, buffer);
       const S* const x_rows = packed ? pass_.x.template panel<T>(p_) + first * weight_.c * T : buffer;
       for (int64_t column = first; column < last; ++column) {
+        for (int64_t f = column * weight_.c; dx_.data && f < (column + 1) * weight_.c; ++f) prefetch_row<S, T>(dx_, p_, f);
         const S* x = x_rows + (column - first) * weight_.c * T;
         if (pass_.single()) single(column, x, dots);
         else block(column, x);

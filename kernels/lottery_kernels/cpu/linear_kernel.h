@@ -118,6 +118,7 @@ struct ForwardPass {
     const auto source = [&](int64_t k) { return panel + int64_t(weight.rows.other[k]) * block.ins * stride; };
     for (int64_t row = begin; row < end; ++row) {
       const int64_t o = row * weight.r;
+      for (int64_t out = 0; out < weight.r; ++out) prefetch_row<S, T>(y, p, o + out);
       multiply_line<S, V>(
           weight.rows, row, values, block, stride, source,
           [&](int64_t out) { return bias && o + out < weight.out ? bias[o + out] : S(0); },

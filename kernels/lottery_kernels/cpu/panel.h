@@ -94,7 +94,7 @@ inline void pack(const Activation<const S>& x, int64_t p, int64_t f0, int64_t f1
 // Writes vectors [v, v + V) of one feature of panel p of an activation, which had better be batch-innermost; entries past
 // the batch fall away.
 template <class S, int T, int V>
-inline void write_row(const Activation<S>& y, int64_t p, int64_t f, int v, const Vec<S>* part) {
+[[gnu::always_inline]] inline void write_row(const Activation<S>& y, int64_t p, int64_t f, int v, const Vec<S>* part) {
   constexpr int L = kLanes<S>;
   S* to = y.template panel<T>(p) + f * y.feature_stride + v * L * y.batch_stride;
   const int64_t count = y.count(p, T) - v * L;
@@ -109,6 +109,14 @@ inline void write_row(const Activation<S>& y, int64_t p, int64_t f, int v, const
     if (left >= L) y.streams ? stream(to, part[i]) : store(to, part[i]);
     else if (left > 0) store_part(to, part[i], left);
   }
+}
+
+// Asks for the lines that write_row will write.
+template <class S, int T>
+inline void prefetch_row(const Activation<S>& y, int64_t p, int64_t f) {
+  if (y.batch_stride != 1 || y.streams || f >= y.features) return;
+  const S* to = y.template panel<T>(p) + f * y.feature_stride;
+  for (int t = 0; t < T; t += kLanes<S>) prefetch_to_write(to + t);
 }
 
 // The panels of an activation, one at a time, with `padded >= x.features` features: those beyond are zero. With
