@@ -93,6 +93,25 @@ def test_shapes_from_one_weight_to_more_than_the_cache_holds(shape):
     Case(*shape, batch=40).check()
 
 
+@pytest.mark.parametrize("block", [(1, 1), (4, 4)])
+@pytest.mark.parametrize("batch", [80, 83])  # whole vectors, and not
+@pytest.mark.parametrize("shape", [(7000, 5), (5, 7000)])
+def test_outputs_that_no_core_has_the_cache_for(shape, batch, block):
+    Case(*shape, batch, block).check()
+
+
+@pytest.mark.parametrize("block", [(1, 1), (4, 4), (16, 16)])
+@pytest.mark.parametrize("layout", ["row-major", "batch innermost"])
+def test_inputs_that_no_weight_reads_may_be_anything(layout, block):
+    mask = torch.rand(37, 90) < 0.5
+    mask[:, 10:70] = False
+    case = Case(mask=mask, inputs=90, block=block)
+    expected = case.expected()
+    case.x = case.x.clone().index_fill_(1, torch.arange(16, 64), torch.nan)
+    for found, wanted in zip(case.found(LAYOUTS.get(layout, Tensor.contiguous)), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_fp32_is_as_exact_as_torch(block):
     case = Case(dtype=torch.float32, block=block, batch=200, inputs=300)

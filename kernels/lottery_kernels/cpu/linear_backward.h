@@ -36,6 +36,7 @@ struct BackwardPass {
   const Weight& weight;
   Gradients<S> wanted;
   S* sums = nullptr;  // [sums_size(parts)]
+  const S* ordered = nullptr;  // values in the order of the columns, or null
 
   bool single() const { return weight.r * weight.c == 1; }
   int64_t size() const { return wanted.dvalues ? weight.nnz() * weight.r * weight.c : 0; }
@@ -60,6 +61,17 @@ struct BackwardPass {
     return {dy, weight.rows.lines * weight.r, y};
   }
 
+  // Single weights that dx takes panel by panel had better be read one after another than each from a line of its own.
+  int64_t ordered_size(bool again) const { return again && single() && wanted.dx.data ? weight.nnz() : 0; }
+
+  void order_values(S* to) {
+    in_shares(weight.nnz(), [&](int64_t i, int64_t n) {
+      for (int64_t k = weight.nnz() * i / n; k < weight.nnz() * (i + 1) / n; ++k)
+        to[k] = values[weight.columns.position[k]];
+    });
+    ordered = to;
+  }
+
   // Adds the parts up, and puts the gradients of single weights where they belong.
   void finish(int64_t parts) const {
     if (wanted.dbias && parts == 2)
@@ -82,8 +94,11 @@ class PanelBackward {
   // dy: panel p of it. add: to the sums that are there.
   PanelBackward(const BackwardPass<S>& pass, int64_t p, const S* dy, const Activation<S>& dx, int64_t part,
                 int64_t parts, bool add)
-      : weight_(pass.weight), pass_(pass), p_(p), dy_(dy), dx_(dx), add_(add),
-        dvalues_(pass.wanted.dvalues ? pass.value_sums(part, parts) : nullptr), dbias_(pass.bias_sums(part)) {}
+      : weight_(pass.weight), columns_(pass.weight.columns), pass_(pass),
+        values_(pass.ordered ? pass.ordered : pass.values), p_(p), dy_(dy), dx_(dx), add_(add),
+        dvalues_(pass.wanted.dvalues ? pass.value_sums(part, parts) : nullptr), dbias_(pass.bias_sums(part)) {
+    if (pass.ordered) columns_.position = nullptr;
+  }
 
   void run(const ColumnRange& range) const {
     if (pass_.wanted.dbias) bias_gradient(range.f0, range.f1);
@@ -91,21 +106,24 @@ class PanelBackward {
     // x is packed a few columns ahead: a transpose takes a vector of them at once
     const int64_t ahead = std::max<int64_t>(1, kLanes<S> / weight_.c);
     const bool needs_x = dvalues_ || pass_.wanted.through_relu;
-    const bool packed = pass_.x.template in_place<T>(weight_.columns.lines * weight_.c) && pass_.x.feature_stride == T;
+    const bool packed = pass_.x.template in_place<T>(columns_.lines * weight_.c) && pass_.x.feature_stride == T;
     thread_local Scratch<S> x_buffer;
     S* const buffer = needs_x && !packed ? x_buffer.at_least(ahead * weight_.c * T) : nullptr;
-    DotProducts<S> dots(dvalues_ && pass_.single() ? dvalues_ + weight_.columns.ptr[range.begin] : nullptr, add_);
+    DotProducts<S> dots(dvalues_ && pass_.single() ? dvalues_ + columns_.ptr[range.begin] : nullptr, add_);
     for (int64_t first = range.begin; first < range.end; first += ahead) {
       const int64_t last = std::min(first + ahead, range.end);
-      if (buffer) pack_x(first * weight_.c, last * weight_.c, buffer);
+      const bool dead = columns_.ptr[first] == columns_.ptr[last];  // dx is zero, whatever x
+      if (buffer && !dead) pack_x(first * weight_.c, last * weight_.c, buffer);
       const S* const x_rows = packed ? pass_.x.template panel<T>(p_) + first * weight_.c * T : buffer;
       for (int64_t column = first; column < last; ++column) {
+        for (int64_t f = column * weight_.c; dx_.data && f < (column + 1) * weight_.c; ++f) prefetch_row<S, T>(dx_, p_, f);
         const S* x = x_rows + (column - first) * weight_.c * T;
         if (pass_.single()) single(column, x, dots);
         else block(column, x);
       }
     }
     dots.finish();
+    if (dx_.streams) finish_streams();
   }
 
  private:
@@ -125,45 +143,48 @@ class PanelBackward {
     std::memset(to + (real - f0) * T, 0, (f1 - real) * T * sizeof(S));
   }
 
-  const S* dy_rows(int64_t k) const { return dy_ + int64_t(weight_.columns.other[k]) * weight_.r * T; }
+  const S* dy_rows(int64_t k) const { return dy_ + int64_t(columns_.other[k]) * weight_.r * T; }
 
   void single(int64_t column, const S* x_row, DotProducts<S>& dots) const {
     if (!dvalues_) return multiply(column, x_row);
     const auto source = [&](int64_t k) { return dy_rows(k); };
     Vec<S> x[V], dx[V];
     for (int v = 0; v < V; ++v) x[v] = load(x_row + v * kLanes<S>);
-    if (!dx_.data) return column_gradients<S, V, false>(weight_.columns, column, pass_.values, x, dx, dots, source);
-    column_gradients<S, V, true>(weight_.columns, column, pass_.values, x, dx, dots, source);
-    write_dx(column, x_row, dx);
+    if (!dx_.data) return column_gradients<S, V, false>(columns_, column, values_, x, dx, dots, source);
+    column_gradients<S, V, true>(columns_, column, values_, x, dx, dots, source);
+    write_dx<V>(column, 0, x_row, dx);
   }
 
   void block(int64_t column, const S* x) const {
     if (dx_.data) multiply(column, x);
     if (!dvalues_) return;
-    const Entries& columns = weight_.columns;
-    for (int64_t k = columns.ptr[column]; k < columns.ptr[column + 1]; ++k)
+    for (int64_t k = columns_.ptr[column]; k < columns_.ptr[column + 1]; ++k)
       block_gradient<S, V>(dy_rows(k), weight_.r, x, weight_.c, T,
-                           dvalues_ + columns.position[k] * weight_.r * weight_.c, add_);
+                           dvalues_ + columns_.position[k] * weight_.r * weight_.c, add_);
   }
 
   void multiply(int64_t column, const S* x) const {
     const int64_t f = column * weight_.c;
     multiply_line<S, V>(
-        weight_.columns, column, pass_.values, weight_.transposed(), T, [&](int64_t k) { return dy_rows(k); },
+        columns_, column, values_, weight_.transposed(), T, [&](int64_t k) { return dy_rows(k); },
         [](int64_t) { return S(0); },
-        [&](int64_t out, Vec<S>* sums) {
-          if (f + out < weight_.in) write_dx(f + out, x + out * T, sums);
+        [&]<int N>(int64_t out, std::integral_constant<int, N>, int v, Vec<S>* sums) {
+          if (f + out < weight_.in) write_dx<N>(f + out, v, x + out * T, sums);
         });
   }
 
-  void write_dx(int64_t f, const S* x_row, Vec<S>* dx) const {
+  // Vectors [v, v + N) of a row.
+  template <int N>
+  void write_dx(int64_t f, int v, const S* x_row, Vec<S>* dx) const {
     if (pass_.wanted.through_relu)
-      for (int v = 0; v < V; ++v) dx[v] = relu_gradient<S>(load(x_row + v * kLanes<S>), dx[v]);
-    write_row<S, T>(dx_, p_, f, dx);
+      for (int i = 0; i < N; ++i) dx[i] = relu_gradient<S>(load(x_row + (v + i) * kLanes<S>), dx[i]);
+    write_row<S, T, N>(dx_, p_, f, v, dx);
   }
 
   const Weight& weight_;
+  Entries columns_;
   const BackwardPass<S>& pass_;
+  const S* const values_;
   const int64_t p_;
   const S* const dy_;
   const Activation<S>& dx_;
@@ -232,12 +253,13 @@ template <class S, int V>
 void backward(std::vector<BackwardPass<S>>& passes) {
   const int64_t count = passes[0].template panels<V>().count(), parts = parts_of(count);
   int64_t size = 0;
-  for (const auto& pass : passes) size += pass.sums_size(parts);
+  for (const auto& pass : passes) size += pass.sums_size(parts) + pass.ordered_size(count > parts);
   thread_local Scratch<S> buffer;
   S* sums = buffer.at_least(size);
   for (auto& pass : passes) {
     pass.sums = sums;
     sums += pass.sums_size(parts);
+    if (const int64_t ordered = pass.ordered_size(count > parts)) pass.order_values(sums), sums += ordered;
   }
   if (in_parts(count)) {
     backward_parts<S, V>(passes);

@@ -54,9 +54,12 @@ Activation<const S> read(const Tensor& x) {
   return {x.const_data_ptr<S>(), x.size(0), x.size(1), x.stride(0), x.stride(1)};
 }
 
+// What is larger than a core's cache is written past it.
 template <class S>
 Activation<S> written(Tensor& y) {
-  return {y.mutable_data_ptr<S>(), y.size(0), y.size(1), y.stride(0), y.stride(1)};
+  Activation<S> to{y.mutable_data_ptr<S>(), y.size(0), y.size(1), y.stride(0), y.stride(1)};
+  to.streams = y.nbytes() > cache_size() && y.stride(0) == 1 && y.stride(1) % kLanes<S> == 0 && is_aligned(to.data);
+  return to;
 }
 
 inline Tensor empty_activation(const Tensor& like, int64_t features) {  // batch innermost
@@ -115,20 +118,22 @@ struct ForwardPass {
     const auto source = [&](int64_t k) { return panel + int64_t(weight.rows.other[k]) * block.ins * stride; };
     for (int64_t row = begin; row < end; ++row) {
       const int64_t o = row * weight.r;
+      for (int64_t out = 0; out < weight.r; ++out) prefetch_row<S, T>(y, p, o + out);
       multiply_line<S, V>(
           weight.rows, row, values, block, stride, source,
           [&](int64_t out) { return bias && o + out < weight.out ? bias[o + out] : S(0); },
-          [&](int64_t out, Vec<S>* sums) {
+          [&]<int N>(int64_t out, std::integral_constant<int, N>, int v, Vec<S>* sums) {
             if (with_relu)
-              for (int v = 0; v < V; ++v) sums[v] = relu<S>(sums[v]);
-            if (o + out < weight.out) write_row<S, T>(y, p, o + out, sums);
+              for (int i = 0; i < N; ++i) sums[i] = relu<S>(sums[i]);
+            if (o + out < weight.out) write_row<S, T, N>(y, p, o + out, v, sums);
           });
     }
+    if (y.streams) finish_streams();
   }
 
   template <int V>
   Panels<S, V * kLanes<S>> panels() const {
-    return {x, weight.columns.lines * weight.c};
+    return {x, weight.columns.ptr, weight.columns.lines, weight.c};
   }
 };
 

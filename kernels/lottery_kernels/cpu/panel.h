@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "memory.h"
+#include "stream.h"
 #include "vector.h"
 
 namespace lottery {
@@ -25,6 +26,7 @@ struct Activation {
   int64_t batch_stride, feature_stride;
   int64_t panel_stride = kNoPanels;  // between panels; 0: all in one place, one after another
   int64_t padded = features;  // rows of a panel that may be read: those past `features` are zero
+  bool streams = false;  // whether what is written goes past the caches: all vectors are aligned
 
   // Entries p * T and so on: a whole panel, or a part of one.
   template <int T>
@@ -45,32 +47,28 @@ struct Activation {
 
 template <class S>
 Activation<const S> reading(const Activation<S>& x) {
-  return {x.data, x.batch, x.features, x.batch_stride, x.feature_stride, x.panel_stride, x.padded};
+  return {x.data, x.batch, x.features, x.batch_stride, x.feature_stride, x.panel_stride, x.padded, x.streams};
 }
 
 // Copies features [f0, f1) of panel p to `to + f * T`; entries past the batch become zero.
 template <class S, int T>
 inline void pack(const Activation<const S>& x, int64_t p, int64_t f0, int64_t f1, S* to) {
+  constexpr int L = kLanes<S>;
   const int64_t count = x.count(p, T);
   const S* source = x.template panel<T>(p);
   if (x.batch_stride == 1) {
     for (int64_t f = f0; f < f1; ++f) {
       const S* from = source + f * x.feature_stride;
-      if (count == T) {
-        for (int t = 0; t < T; t += kLanes<S>) {
-          store(to + f * T + t, load(from + t));
-          __builtin_prefetch(from + 4 * x.feature_stride + t);
-        }
-      } else {
-        std::memcpy(to + f * T, from, count * sizeof(S));
-        std::memset(to + f * T + count, 0, (T - count) * sizeof(S));
+      for (int t = 0; t < T; t += L) {
+        const int64_t left = count - t;
+        store(to + f * T + t, left >= L ? load(from + t) : left > 0 ? load_part(from + t, left) : Vec<S>{});
+        __builtin_prefetch(from + 4 * x.feature_stride + t);
       }
     }
     return;
   }
   int64_t f = f0;
   if (x.feature_stride == 1) {
-    constexpr int L = kLanes<S>;
     for (; f + L <= f1; f += L) {
       for (int t = 0; t < T; t += L) {
         const S* from = source + t * x.batch_stride + f;
@@ -93,27 +91,44 @@ inline void pack(const Activation<const S>& x, int64_t p, int64_t f0, int64_t f1
     for (int t = 0; t < T; ++t) to[f * T + t] = t < count ? source[t * x.batch_stride + f * x.feature_stride] : S(0);
 }
 
-// Writes one feature of panel p of an activation, which had better be batch-innermost; entries past the batch fall away.
-template <class S, int T>
-inline void write_row(const Activation<S>& y, int64_t p, int64_t f, const Vec<S>* row) {
-  S* to = y.template panel<T>(p) + f * y.feature_stride;
-  const int64_t count = y.count(p, T);
+// Writes vectors [v, v + V) of one feature of panel p of an activation, which had better be batch-innermost; entries past
+// the batch fall away.
+template <class S, int T, int V>
+[[gnu::always_inline]] inline void write_row(const Activation<S>& y, int64_t p, int64_t f, int v, const Vec<S>* part) {
+  constexpr int L = kLanes<S>;
+  S* to = y.template panel<T>(p) + f * y.feature_stride + v * L * y.batch_stride;
+  const int64_t count = y.count(p, T) - v * L;
   if (y.batch_stride != 1) {
-    for (int64_t t = 0; t < count; ++t) to[t * y.batch_stride] = row[t / kLanes<S>][t % kLanes<S>];
-  } else if (count == T) {
-    for (int v = 0; v < T / kLanes<S>; ++v) store(to + v * kLanes<S>, row[v]);
-  } else {
-    std::memcpy(to, row, count * sizeof(S));
+    S row[V * L];  // `part` itself, indexed at run time, would lie in memory
+    for (int i = 0; i < V; ++i) store(row + i * L, part[i]);
+    for (int64_t t = 0; t < std::min<int64_t>(count, V * L); ++t) to[t * y.batch_stride] = row[t];
+    return;
+  }
+  for (int i = 0; i < V; ++i, to += L) {
+    const int64_t left = count - i * L;
+    if (left >= L) y.streams ? stream(to, part[i]) : store(to, part[i]);
+    else if (left > 0) store_part(to, part[i], left);
   }
 }
 
+// Asks for the lines that write_row will write.
+template <class S, int T>
+inline void prefetch_row(const Activation<S>& y, int64_t p, int64_t f) {
+  if (y.batch_stride != 1 || y.streams || f >= y.features) return;
+  const S* to = y.template panel<T>(p) + f * y.feature_stride;
+  for (int t = 0; t < T; t += kLanes<S>) prefetch_to_write(to + t);
+}
+
 // The panels of an activation, one at a time, with `padded >= x.features` features: those beyond are zero. With
-// `relu`, the output of a ReLU, they are the gradient behind it.
+// `relu`, the output of a ReLU, they are the gradient behind it. With `used`, where the live blocks of each block of
+// features begin, those of no live block may hold anything.
 template <class S, int T>
 class Panels {
  public:
   Panels(const Activation<const S>& x, int64_t padded, const Activation<const S>* relu = nullptr)
       : x_(x), relu_(relu), padded_(padded) {}
+  Panels(const Activation<const S>& x, const int32_t* used, int64_t blocks, int64_t block)
+      : x_(x), relu_(nullptr), padded_(blocks * block), used_(used), block_(block) {}
 
   int64_t count() const { return (x_.batch + T - 1) / T; }
 
@@ -125,20 +140,25 @@ class Panels {
     if (in_place()) return x_.template panel<T>(p);
     thread_local Scratch<S> buffer;  // its rows are whole cache lines: a load across two would take twice as long
     S* panel = buffer.at_least(padded_ * T);
-    pack<S, T>(x_, p, 0, x_.features, panel);
+    for (int64_t f = 0; f < x_.features; f += kAhead) {
+      const int64_t last = std::min(f + kAhead, x_.features);
+      const bool dead = used_ && used_[f / block_] == used_[(last - 1) / block_ + 1];
+      if (!dead) pack<S, T>(x_, p, f, last, panel);
+    }
     std::memset(panel + x_.features * T, 0, (padded_ - x_.features) * T * sizeof(S));
     if (relu_) through_relu(p, panel);
     return panel;
   }
 
  private:
+  static constexpr int kAhead = kLanes<S>;  // a transpose takes so many features at once
+
   bool in_place() const { return !relu_ && x_.template in_place<T>(padded_); }
 
   void through_relu(int64_t p, S* panel) const {
-    constexpr int AHEAD = kLanes<S>;  // a transpose takes so many features at once
-    alignas(kVectorBytes) S rows[AHEAD * T];
-    for (int64_t f = 0; f < x_.features; f += AHEAD) {
-      const int64_t last = std::min(f + AHEAD, x_.features);
+    alignas(kVectorBytes) S rows[kAhead * T];
+    for (int64_t f = 0; f < x_.features; f += kAhead) {
+      const int64_t last = std::min(f + kAhead, x_.features);
       pack<S, T>(*relu_, p, f, last, rows - f * T);
       for (int64_t i = 0; i < (last - f) * T; i += kLanes<S>) {
         S* at = panel + f * T + i;
@@ -150,6 +170,8 @@ class Panels {
   Activation<const S> x_;
   const Activation<const S>* relu_;
   int64_t padded_;
+  const int32_t* used_ = nullptr;
+  int64_t block_ = 1;
 };
 
 }  // namespace lottery

@@ -68,31 +68,34 @@ inline void multiply(Vec<S> (&sums)[R][V], const Entries& e, int64_t k0, int64_t
 // blocked dense product.
 constexpr int64_t kTerms = 32;
 
-// Outputs [out, out + R) of one line, PANEL vectors wide: `first(r)` is what a row of sums begins with, `write(r, row)`
-// takes a finished row.
+// Outputs [out, out + R) of one line, PANEL vectors wide, in register tiles: `first(r)` is what a row of sums begins with,
+// `write(r, V, v, part)` takes a finished row's vectors [v, v + V).
 template <class S, int PANEL, int R, int INS, class Rows, class First, class Write>
 inline void multiply_rows(const Entries& e, int64_t line, const S* values, const BlockShape& block, int64_t out,
                           int64_t row_stride, const Rows& rows, const First& first, const Write& write) {
   constexpr int FIT = kRegisters / 2 / R;  // the rest is for the source and the weights
   constexpr int V = PANEL <= FIT ? PANEL : FIT >= 4 ? 4 : FIT >= 2 ? 2 : 1;
-  const int64_t end = e.ptr[line + 1], run = INS ? kTerms / INS : std::max<int64_t>(1, kTerms / block.ins);
-  Vec<S> done[R][PANEL];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < PANEL; ++v) done[r][v] = splat<S>(first(r));
+  const int64_t begin = e.ptr[line], end = e.ptr[line + 1];
+  const int64_t run = INS ? kTerms / INS : std::max<int64_t>(1, kTerms / block.ins);
   for (int tile = 0; tile < PANEL; tile += V) {
-    for (int64_t k = e.ptr[line]; k < end; k += run) {
+    const auto source = [&](int64_t k) { return rows(k) + tile * kLanes<S>; };
+    Vec<S> done[R][V];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) done[r][v] = splat<S>(first(r));
+    multiply<S, R, V, INS>(done, e, begin, std::min(begin + run, end), values, block, out, row_stride, source);
+    for (int64_t k = begin + run; k < end; k += run) {
       Vec<S> sums[R][V] = {};
-      multiply<S, R, V, INS>(sums, e, k, std::min(k + run, end), values, block, out, row_stride,
-                             [&](int64_t k) { return rows(k) + tile * kLanes<S>; });
+      multiply<S, R, V, INS>(sums, e, k, std::min(k + run, end), values, block, out, row_stride, source);
       for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) done[r][tile + v] += sums[r][v];
+        for (int v = 0; v < V; ++v) done[r][v] += sums[r][v];
     }
+#pragma GCC unroll 4  // else the sums would lie in memory
+    for (int r = 0; r < R; ++r) write(r, std::integral_constant<int, V>{}, tile, done[r]);
   }
-  for (int r = 0; r < R; ++r) write(r, done[r]);
 }
 
-// All outputs of one line, in register tiles of up to four rows. `first(o)` and `write(o, row)` take an output's number
-// within the block.
+// All outputs of one line, in register tiles of up to four rows. `first(o)` and `write(o, …)` take an output's number within
+// the block.
 template <class S, int PANEL, class Rows, class First, class Write>
 inline void multiply_line(const Entries& e, int64_t line, const S* values, const BlockShape& block, int64_t row_stride,
                           const Rows& rows, const First& first, const Write& write) {
@@ -102,7 +105,7 @@ inline void multiply_line(const Entries& e, int64_t line, const S* values, const
   const auto tile = [&]<int R>(std::integral_constant<int, R>) {
     multiply_rows<S, PANEL, R, 0>(
         e, line, values, block, out, row_stride, rows, [&](int r) { return first(out + r); },
-        [&](int r, Vec<S>* row) { write(out + r, row); });
+        [&](int r, auto vectors, int v, Vec<S>* part) { write(out + r, vectors, v, part); });
     out += R;
   };
   while (block.outs - out >= 4) tile(std::integral_constant<int, 4>{});
@@ -194,15 +197,15 @@ inline void block_gradient(const S* dy, int64_t dy_stride, int64_t r, const S* x
           for (int n = 0; n < COLS; ++n) products[m * COLS + n] += av * bv[n];
         }
       }
-      S tile[L];
+      alignas(kVectorBytes) S tile[L];
       store(tile, sum_each<S>(products));
       const int64_t rows = std::min<int64_t>(ROWS, r - i), cols = std::min<int64_t>(COLS, c - j);
       const auto write = [&](int64_t rows, int64_t cols) {
-        for (int64_t m = 0; m < rows; ++m)
-          for (int64_t n = 0; n < cols; ++n) {
-            S& value = to[(i + m) * c + j + n];
-            value = tile[m * COLS + n] + (add ? value : S(0));
-          }
+        for (int64_t m = 0; m < rows; ++m) {
+          S* const row = to + (i + m) * c + j;
+          for (int64_t n = 0; add && n < cols; ++n) tile[m * COLS + n] += row[n];
+          for (int64_t n = 0; n < cols; ++n) row[n] = tile[m * COLS + n];
+        }
       };
       if (rows == ROWS && cols == COLS) write(ROWS, COLS);
       else write(rows, cols);

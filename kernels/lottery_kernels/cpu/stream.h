@@ -48,4 +48,10 @@ inline void prefetch(const S* from, int64_t count) {
   for (int64_t i = 0; i < count; i += kLine) prefetch_line(from + i);
 }
 
+// Asks for the line at `p`, soon to be written, in the first-level cache.
+inline void prefetch_to_write(const void* p) {
+  __builtin_prefetch(p, 1, 3);
+  asm volatile("");
+}
+
 }  // namespace lottery
