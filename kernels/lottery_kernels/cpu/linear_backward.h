@@ -123,7 +123,6 @@ class PanelBackward {
       }
     }
     dots.finish();
-    if (dx_.streams) finish_streams();
   }
 
  private:

@@ -54,12 +54,10 @@ Activation<const S> read(const Tensor& x) {
   return {x.const_data_ptr<S>(), x.size(0), x.size(1), x.stride(0), x.stride(1)};
 }
 
-// What is larger than a core's cache is written past it.
+// Not written past the caches, whatever their size: the next layer reads it.
 template <class S>
 Activation<S> written(Tensor& y) {
-  Activation<S> to{y.mutable_data_ptr<S>(), y.size(0), y.size(1), y.stride(0), y.stride(1)};
-  to.streams = y.nbytes() > cache_size() && y.stride(0) == 1 && y.stride(1) % kLanes<S> == 0 && is_aligned(to.data);
-  return to;
+  return {y.mutable_data_ptr<S>(), y.size(0), y.size(1), y.stride(0), y.stride(1)};
 }
 
 inline Tensor empty_activation(const Tensor& like, int64_t features) {  // batch innermost
@@ -128,7 +126,6 @@ struct ForwardPass {
             if (o + out < weight.out) write_row<S, T, N>(y, p, o + out, v, sums);
           });
     }
-    if (y.streams) finish_streams();
   }
 
   template <int V>

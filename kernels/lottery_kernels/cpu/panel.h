@@ -26,7 +26,6 @@ struct Activation {
   int64_t batch_stride, feature_stride;
   int64_t panel_stride = kNoPanels;  // between panels; 0: all in one place, one after another
   int64_t padded = features;  // rows of a panel that may be read: those past `features` are zero
-  bool streams = false;  // whether what is written goes past the caches: all vectors are aligned
 
   // Entries p * T and so on: a whole panel, or a part of one.
   template <int T>
@@ -47,7 +46,7 @@ struct Activation {
 
 template <class S>
 Activation<const S> reading(const Activation<S>& x) {
-  return {x.data, x.batch, x.features, x.batch_stride, x.feature_stride, x.panel_stride, x.padded, x.streams};
+  return {x.data, x.batch, x.features, x.batch_stride, x.feature_stride, x.panel_stride, x.padded};
 }
 
 // Copies features [f0, f1) of panel p to `to + f * T`; entries past the batch become zero.
@@ -106,7 +105,7 @@ template <class S, int T, int V>
   }
   for (int i = 0; i < V; ++i, to += L) {
     const int64_t left = count - i * L;
-    if (left >= L) y.streams ? stream(to, part[i]) : store(to, part[i]);
+    if (left >= L) store(to, part[i]);
     else if (left > 0) store_part(to, part[i], left);
   }
 }
@@ -114,7 +113,7 @@ template <class S, int T, int V>
 // Asks for the lines that write_row will write.
 template <class S, int T>
 inline void prefetch_row(const Activation<S>& y, int64_t p, int64_t f) {
-  if (y.batch_stride != 1 || y.streams || f >= y.features) return;
+  if (y.batch_stride != 1 || f >= y.features) return;
   const S* to = y.template panel<T>(p) + f * y.feature_stride;
   for (int t = 0; t < T; t += kLanes<S>) prefetch_to_write(to + t);
 }
