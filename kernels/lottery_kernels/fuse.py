@@ -63,12 +63,13 @@ def to_unfused(model: nn.Module) -> nn.Module:
 
 def is_bare(module: nn.Module) -> bool:
     """Whether calling a module is running its class's `forward` and nothing else."""
+    own = module.__dict__
     return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 
@@ -115,11 +116,11 @@ def _mlp(modules: Sequence[nn.Module], i: int, x: Tensor) -> tuple[Tensor, int] 
         values, bias, arrays = own["values"], own["bias"], layer.pattern.index
         if values is None or layer.in_features != features or values.dtype != dtype or not values.is_cpu:
             break
-        features = layer.out_features
-        with_relu = is_bare_relu(modules, i + 1)
+        with_relu, out = is_bare_relu(modules, i + 1), layer.out_features
         parameters += (values,) if bias is None else (values, bias)
         index += arrays
-        layers += (features, layer.in_features, bias is not None, with_relu, len(arrays))
+        layers += (out, features, bias is not None, with_relu, len(arrays))
+        features = out
         i += 1 + with_relu
     return (operator(x, parameters, index, layers), i) if i - begin > 1 else None
 
