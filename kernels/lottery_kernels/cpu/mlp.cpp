@@ -54,6 +54,10 @@ struct Layers {
   }
 };
 
+// As kernels can read it: autograd hands on tensors whose negation is only marked, and zeros that lie nowhere. Operators
+// that call one another through the dispatcher need not care.
+Tensor readable(const Tensor& t) { return t.is_neg() || t._is_zerotensor() ? t.clone() : t; }
+
 // A layer as the kernels take it.
 struct Layer {
   Form form;
@@ -69,10 +73,10 @@ std::vector<Layer> checked(const Tensor& x, const Layers& layers) {
     const std::array<int64_t, 2> shape{form.out, form.in};
     found.push_back({form, Weight(index, shape, values.sizes().slice(1)), {}, {}});
     Layer& layer = found.back();
-    layer.values = layer.weight.alive_only(values);
+    layer.values = layer.weight.alive_only(readable(values));
     TORCH_CHECK(values.scalar_type() == x.scalar_type(), "values of layer ", i, " are ", values.scalar_type(), ", x is ",
                 x.scalar_type());
-    if (form.bias) layer.bias = checked_bias(bias, form.out, x.scalar_type());
+    if (form.bias) layer.bias = checked_bias(readable(bias), form.out, x.scalar_type());
     const int64_t inputs = i == 0 ? form.in : found[i - 1].form.out;
     TORCH_CHECK(form.in == inputs, "layer ", i, " takes ", form.in, " features, the one before gives ", inputs);
   });
@@ -158,7 +162,7 @@ Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, Tensor&
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lottery_kernels::mlp", [&] {
     using S = scalar_t;
     with_width<2, 4, 8>(shared_width<S>(layers, x.size(0)), [&]<int V>(std::integral_constant<int, V>) {
-      y = forward_layers<S, V>(x, layers, kept);
+      y = forward_layers<S, V>(readable(x), layers, kept);
     });
   });
   return y;
@@ -304,7 +308,7 @@ struct MlpFunction : Function<MlpFunction> {
     } else {
       const bool relu = layers.form(layers.count() - 1).relu;
       const Tensor &between = kept[1 + parameters], y = relu ? kept.back() : Tensor();
-      grads = backward_layers({dy[0], x, y, between}, checked(x, layers), wanted);
+      grads = backward_layers({readable(dy[0]), readable(x), y, between}, checked(x, layers), wanted);
     }
     grads.emplace_back();  // the rest has none
     return grads;
