@@ -7,8 +7,8 @@ eager and through torch.compile; the faster of the two is what a speed-up is ove
 published sparse training on a CPU, runs too where it is installed.
 
 Beside each time stands a floor, measured in the same turns, that no kernel for the live weights can go below: what
-PyTorch takes for as many layers with next to nothing to compute, and the multiply-adds of the live weights from
-registers alone. "At most" is the speed-up of a layer or step that takes no longer than that.
+PyTorch takes around one operator with the same parameters that computes nothing, and the multiply-adds of the live
+weights from registers alone. "At most" is the speed-up of a layer or step that takes no longer than that.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ NETS = {
     "LeNet-300-100, batch 512": ((784, 300, 100, 10), 512, 0.036),
     "784-2048-1024-10, batch 128": ((784, 2048, 1024, 10), 128, 0.032),
 }
-LEAST = (8, 8, 8, 10)  # of as many layers and classes as LeNet-300-100, and next to nothing to compute
 MULTIPLY_ADDS = 1 << 25  # for the rate of multiply-adds: some 0.3 ms of them
 SWEEP = [1.0, 0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.036, 0.02, 0.01]
 
@@ -161,17 +160,7 @@ class Problem:
         if importlib.util.find_spec("sparseprop") and self.block == (1, 1):
             steps["SparseProp"] = self.step(_sparseprop(self.linear, self.mask))
             steps["behind SparseProp"] = steps["eager"]  # which comes out slower there, so that nothing compared does
-        return steps | self.floors()
-
-    def floors(self) -> dict[str, Callable[[], object]]:
-        """What `floor` adds up; the least layer is the faster of nn.Linear and SparseLinear, on one example."""
-        dense, least = nn.Linear(8, 8), Problem(8, 8, 1, self.first, 1.0)
-        sparse = SparseLinear.from_dense(dense, torch.eye(8, dtype=torch.bool))
-        return {
-            "least dense": least.step(dense),
-            "least sparse": least.step(sparse),
-            "multiply-adds": multiply_adds,
-        }
+        return steps | {"hollow": self.step(Hollow(sparse, self.out)), "multiply-adds": multiply_adds}
 
 
 def _sparseprop(linear: nn.Linear, mask: Tensor) -> nn.Module:
@@ -180,14 +169,28 @@ def _sparseprop(linear: nn.Linear, mask: Tensor) -> nn.Module:
     return SparsePropLinear(linear.weight.detach() * mask, nn.Parameter(linear.bias.detach().clone()))
 
 
+class Hollow(nn.Module):
+    """One operator with the parameters of a net, which computes nothing: a call, a node of autograd, and zeros written
+    as its output and gradients."""
+
+    def __init__(self, net: nn.Module, out: int) -> None:
+        super().__init__()
+        self.operator = torch.ops.lottery_benchmarks.hollow.default
+        self.out, self.held = out, [nn.Parameter(parameter.detach().clone()) for parameter in net.parameters()]
+        for number, parameter in enumerate(self.held):
+            self.register_parameter(str(number), parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operator(x, self.held, self.out)
+
+
 def multiply_adds() -> None:
     torch.ops.lottery_benchmarks.multiply_adds(MULTIPLY_ADDS)
 
 
 def floor(times: dict[str, Times], flops: float) -> float:
-    """Seconds below which no kernel goes, from contestants named as in `Problem.floors`."""
-    least = min(kept.median for name, kept in times.items() if name.startswith("least"))
-    return least + flops / 2 / MULTIPLY_ADDS * times["multiply-adds"].median
+    """Seconds below which no kernel goes: those of the contestant "hollow", and of so many operations."""
+    return times["hollow"].median + flops / 2 / MULTIPLY_ADDS * times["multiply-adds"].median
 
 
 def dense_masked(times: dict[str, Times]) -> Times:
@@ -271,7 +274,7 @@ def test_step(benchmark, tables, name, block):
         "sparse": training_step(network(sizes, density, block, sparse=True), x, target),
         "eager": training_step(masked, x, target),
         "compiled": training_step(compiled, x, target, torch.compile(compiled)),
-        "least": training_step(network(LEAST, 0.5, (1, 1), sparse=True), torch.randn(batch, LEAST[0]), target),
+        "hollow": training_step(Hollow(network(sizes, density, block, sparse=True), sizes[-1]), x, target),
         "multiply-adds": multiply_adds,
     }
     weights = [round(density * inputs * out) for inputs, out in itertools.pairwise(sizes)]
@@ -311,26 +314,27 @@ def parts_of_step(net: nn.Module, x: Tensor, target: Tensor, steps: int = 400) -
 
 @pytest.mark.parametrize("name", NETS)
 def test_parts_of_a_step(tables, name):
-    """Where the time of a sparse step goes, beside that of the smallest net of as many layers: the floor that PyTorch's
-    own cost sets, whatever the kernels do."""
+    """Where the time of a sparse step goes, beside that of one around an operator that computes nothing: the floor that
+    PyTorch's own cost sets, whatever the kernels do."""
     sizes, batch, density = NETS[name]
+    x, target = torch.randn(batch, sizes[0]), torch.randint(sizes[-1], (batch,))
+    sparse = network(sizes, density, (1, 1), sparse=True)
     nets = {
-        f"{name}, dense masked": (sizes, False),
-        f"{name}, sparse": (sizes, True),
-        f"8-8-8-10, batch {batch}, sparse": (LEAST, True),
+        "dense masked": network(sizes, density, (1, 1), sparse=False),
+        "sparse": sparse,
+        "nothing computed": Hollow(sparse, sizes[-1]),
     }
-    for title, (sizes, sparse) in nets.items():
-        x, target = torch.randn(batch, sizes[0]), torch.randint(sizes[-1], (batch,))
-        parts = parts_of_step(network(sizes, density if sizes[0] > 8 else 0.5, (1, 1), sparse), x, target)
+    for title, net in nets.items():
+        parts = parts_of_step(net, x, target)
         row = {part: f"{microseconds:.0f}" for part, microseconds in parts.items()}
-        tables.add("Parts of a training step, µs", net=title, **row, sum=f"{sum(parts.values()):.0f}")
+        tables.add("Parts of a training step, µs", net=f"{name}, {title}", **row, sum=f"{sum(parts.values()):.0f}")
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block[0]}x{block[1]}")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}-{shape[1]}-b{shape[2]}")
 def test_parts_of_a_layer(tables, shape, block):
-    """Where the time of one layer goes: its two operators alone, without autograd, and all the rest, beside what an
-    `nn.Linear` of 8→8 costs in the same way: the floor that PyTorch's own cost sets."""
+    """Where the time of one layer goes: its two operators alone, without autograd, and all the rest, beside one that
+    computes nothing: the floor that PyTorch's own cost sets."""
     problem = Problem(*shape, 0.036, block)
     layer = SparseLinear.from_dense(problem.linear, problem.mask, block)
     whole = problem.step(layer, batch_innermost=True)
@@ -343,7 +347,7 @@ def test_parts_of_a_layer(tables, shape, block):
             "forward": lambda: operators.linear(x, values, bias, *where),
             "backward": lambda: torch.ops.lottery_kernels.linear_backward(dy, x, values, *where, wanted),
             "whole": whole,
-            "nn.Linear 8→8": Problem(8, 8, shape[2], problem.first, 1.0).step(nn.Linear(8, 8)),
+            "nothing computed": problem.step(Hollow(layer, problem.out)),
         }
     )
     row = {name: f"{kept.median * 1e6:.0f}" for name, kept in times.items()}

@@ -1,9 +1,12 @@
 // The least that a pass over tensors takes: every read once, every written once past the caches, and nothing computed;
-// and the least that multiply-adds take: those of registers alone.
+// the least that multiply-adds take: those of registers alone; and the least that layers take as an operator with
+// gradients: the calls and what they write.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -76,9 +79,43 @@ double multiply_adds(int64_t count) {
   return std::accumulate(results.begin(), results.end(), 0.0);  // computed, so that compilers must compute it
 }
 
+// Zeros, written once; threads are woken for what takes longer than to wake them.
+at::Tensor written(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  at::Tensor made = at::empty(sizes, options);
+  char* const data = static_cast<char*>(made.mutable_data_ptr());
+  at::parallel_for(0, int64_t(made.nbytes()), 1 << 18,
+                   [&](int64_t begin, int64_t end) { std::memset(data + begin, 0, end - begin); });
+  return made;
+}
+
+// Layers [N, in] -> [N, out] that compute nothing: one operator, one node of autograd, a gradient for whatever wants one.
+struct Hollow : torch::autograd::Function<Hollow> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, at::TensorList parameters,
+                            int64_t out) {
+    torch::autograd::variable_list kept{x};
+    kept.insert(kept.end(), parameters.begin(), parameters.end());
+    ctx->save_for_backward(std::move(kept));
+    return written({x.size(0), out}, x.options());
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list&) {
+    const torch::autograd::variable_list kept = ctx->get_saved_variables();
+    torch::autograd::variable_list grads(kept.size() + 1);
+    for (size_t i = 0; i < kept.size(); ++i)
+      if (ctx->needs_input_grad(i)) grads[i] = written(kept[i].sizes(), kept[i].options());
+    return grads;
+  }
+};
+
+at::Tensor hollow(const at::Tensor& x, at::TensorList parameters, int64_t out) {
+  return Hollow::apply(x, parameters, out);
+}
+
 TORCH_LIBRARY(lottery_benchmarks, m) {
   m.def("traffic(Tensor[] reads, Tensor(a!)[] writes) -> ()");
   m.def("multiply_adds(int count) -> float", &multiply_adds);
+  m.def("hollow(Tensor x, Tensor[] parameters, int out) -> Tensor", &hollow);
 }
 
 TORCH_LIBRARY_IMPL(lottery_benchmarks, CPU, m) { m.impl("traffic", &traffic); }

@@ -63,12 +63,13 @@ def to_unfused(model: nn.Module) -> nn.Module:
 
 def is_bare(module: nn.Module) -> bool:
     """Whether calling a module is running its class's `forward` and nothing else."""
+    own = module.__dict__
     return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 
@@ -78,15 +79,18 @@ def is_bare_relu(modules: Sequence[nn.Module], i: int) -> bool:
 
 
 def _unobserved(x: Tensor) -> bool:
-    """Whether plain eager mode is on: no compiler or tracer looks on, no global hook, no mode that changes types."""
+    """Whether plain eager mode is on for a dense tensor on a CPU, whose kernels alone fuse: no compiler or tracer looks
+    on, no global hook, no mode that changes types."""
     return (
         type(x) in (Tensor, nn.Parameter)
+        and x.is_cpu
+        and x.layout is torch.strided
         and not torch.compiler.is_compiling()
         and not torch_module._has_any_global_hook()
         and not operators.transformed()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._is_torch_function_mode_enabled()
-        and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+        and not torch.is_autocast_enabled("cpu")
         and torch._C._get_tracing_state() is None
     )
 
@@ -101,7 +105,7 @@ def _operator(name: str) -> Callable[..., Tensor] | None:
 def _mlp(modules: Sequence[nn.Module], i: int, x: Tensor) -> tuple[Tensor, int] | None:
     """`SparseLinear` layers one behind another, with or without ReLU between and behind them, on a CPU."""
     operator, dtype = _operator("mlp"), x.dtype
-    if operator is None or not x.is_cpu or x.dim() != 2 or dtype not in (torch.float32, torch.float64):
+    if operator is None or x.dim() != 2 or dtype not in (torch.float32, torch.float64):
         return None
     begin, features = i, x.shape[1]
     parameters: list[Tensor] = []
@@ -111,15 +115,15 @@ def _mlp(modules: Sequence[nn.Module], i: int, x: Tensor) -> tuple[Tensor, int] 
         layer = modules[i]
         if type(layer) is not SparseLinear or not is_bare(layer):
             break
-        own = layer._parameters  # a module's own lookup of them is slow
-        values, bias, arrays = own["values"], own["bias"], layer.pattern.index
+        own = layer._parameters  # a module's own lookup of them is slow; replicas of DataParallel have none
+        values, bias, arrays = own.get("values"), own.get("bias"), layer.pattern.index
         if values is None or layer.in_features != features or values.dtype != dtype or not values.is_cpu:
             break
-        features = layer.out_features
-        with_relu = is_bare_relu(modules, i + 1)
+        with_relu, out = is_bare_relu(modules, i + 1), layer.out_features
         parameters += (values,) if bias is None else (values, bias)
         index += arrays
-        layers += (features, layer.in_features, bias is not None, with_relu, len(arrays))
+        layers += (out, features, bias is not None, with_relu, len(arrays))
+        features = out
         i += 1 + with_relu
     return (operator(x, parameters, index, layers), i) if i - begin > 1 else None
 
@@ -129,7 +133,7 @@ def _conv2d_relu(modules: Sequence[nn.Module], i: int, x: Tensor) -> tuple[Tenso
     """A `SparseConv2d` with a ReLU behind it, on a CPU: no image between them is written or read."""
     operator, layer = _operator("conv2d_relu"), modules[i]
     assert isinstance(layer, SparseConv2d)
-    if operator is None or not x.is_cpu or x.dim() != 4 or not is_bare_relu(modules, i + 1):
+    if operator is None or x.dim() != 4 or not is_bare_relu(modules, i + 1):
         return None
     values = layer.values
     if x.shape[1] != layer.in_channels or layer._pad_first or values.dtype != x.dtype or not values.is_cpu:

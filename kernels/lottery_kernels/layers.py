@@ -276,14 +276,15 @@ class SparseLinear(SparseLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in_features] -> [..., out_features]`."""
-        x = input
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"input has shape {tuple(x.shape)}, the layer takes [..., in_features={self.in_features}]")
-        leading = x.shape[:-1]
-        flat = x if x.dim() == 2 else x.reshape(math.prod(leading), self.in_features)
+        shape, pattern = input.shape, self.pattern
+        if not shape or shape[-1] != self.in_features:
+            raise ValueError(f"input has shape {tuple(shape)}, the layer takes [..., in_features={self.in_features}]")
         linear = reference.linear if operators.transformed() else operators.linear
-        y = linear(flat, self.values, self.bias, self.pattern.index, self.pattern.weight_shape)
-        return y if x.dim() == 2 else y.reshape(*leading, self.out_features)
+        if len(shape) == 2:
+            return linear(input, self.values, self.bias, pattern.index, pattern.weight_shape)
+        flat = input.reshape(math.prod(shape[:-1]), self.in_features)
+        y = linear(flat, self.values, self.bias, pattern.index, pattern.weight_shape)
+        return y.reshape(*shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._sparsity_repr()}"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 
@@ -191,9 +192,9 @@ def _backend_serves(name: str, device: str) -> bool:
 
 
 def transformed() -> bool:
-    """Whether `torch.func` (`grad`, `vmap`, `jvp` …) transforms what is being computed: it can transform the reference,
-    but neither compiled kernels nor their autograd."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether `torch.func` (`grad`, `vmap`, `jvp` …) or forward-mode differentiation transforms what is being computed:
+    they can transform the reference, but neither compiled kernels nor their autograd."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def by_reference(name: str) -> Callable[..., Tensor]:
@@ -207,24 +208,27 @@ def _kernel(name: str) -> Callable[..., Tensor]:
     op = getattr(ops, name).default
 
     def kernel(*args: Any) -> Tensor:
-        _require_one_device(op, args)
+        _check_tensors(op, args)
         return op(*args) if _backend_serves(name, args[0].device.type) else compute(*args)
 
     return kernel
 
 
-def _require_one_device(op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
-    """Raises ValueError unless all tensors are on one device: of several, the dispatcher might choose the one whose
-    backend is not loaded, and come back here for ever."""
+def _check_tensors(op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+    """Raises ValueError unless all tensors are dense and on one device: of several devices, the dispatcher might choose
+    the one whose backend is not loaded, and come back here for ever, as it would with a layout that has no kernel."""
     tensors = {}
     for argument, value in zip(op._schema.arguments, args, strict=False):
         held = value[0] if isinstance(value, list | tuple) and value else value
         if isinstance(held, Tensor):
-            tensors[argument.name] = held.device
-    first, device = next(iter(tensors.items()))
+            tensors[argument.name] = held
+    first, one = next(iter(tensors.items()))
     for name, other in tensors.items():
-        if other != device:
-            raise ValueError(f"{op._schema.name}: {first} is on {device}, {name} on {other}; they belong on one device")
+        if other.layout is not torch.strided:
+            raise ValueError(f"{op._schema.name}: {name} is {other.layout}; it takes dense tensors: {name}.to_dense()")
+        if other.device != one.device:
+            devices = f"{first} is on {one.device}, {name} on {other.device}"
+            raise ValueError(f"{op._schema.name}: {devices}; they belong on one device")
 
 
 # Autocast: the CPU kernels know no half precision, CUDA's take the autocast dtype.

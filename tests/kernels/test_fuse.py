@@ -152,6 +152,53 @@ def test_what_looks_at_a_module_sees_it_called():
         assert runs_fused(model, x)
 
 
+def test_the_meta_device_gives_shapes():
+    x = torch.empty(3, 45, dtype=torch.float64, device="meta")
+    assert mlp().to("meta")(x).shape == (3, 10)
+
+
+@pytest.mark.parametrize("kind", ["negated", "zero"])
+def test_tensors_that_autograd_only_marks(kind):
+    """A negation that is a bit, zeros without memory: of inputs, parameters and cotangents."""
+
+    def marked(*shape: int) -> Tensor:
+        if kind == "zero":
+            return torch._efficientzerotensor(shape, dtype=torch.float64)
+        return torch.randn(*shape, dtype=torch.complex128).conj().imag
+
+    def plain(x: Tensor) -> Tensor:
+        return x.resolve_neg() if kind == "negated" else torch.zeros_like(x)
+
+    model, x, dy = mlp(last_relu=True), marked(5, 45), marked(5, 10)
+    if kind == "negated":
+        for layer in (model[0], model[4]):
+            layer.values = nn.Parameter(marked(*layer.values.shape))
+            layer.bias = nn.Parameter(marked(*layer.bias.shape))
+            assert layer.values.is_neg() and layer.bias.is_neg()
+    single = unfused(model)
+    for parameter in single.parameters():
+        parameter.data = parameter.data.resolve_neg()
+    assert runs_fused(model, x)
+    for fused, alone in zip(step(model, x, dy), step(single, plain(x), plain(dy)), strict=True):
+        assert torch.equal(fused, alone)
+
+
+def test_replicas_of_data_parallel_compute_one_by_one():
+    """Their parameters are plain attributes, views that autograd leads back to the model's."""
+    model, x = mlp(), torch.randn(3, 45, dtype=torch.float64)
+    replica = model._replicate_for_data_parallel()
+    replica._modules = {key: module._replicate_for_data_parallel() for key, module in model._modules.items()}
+    for own, module in zip(replica._modules.values(), model, strict=True):
+        own._parameters = {}
+        for name, parameter in module._parameters.items():
+            setattr(own, name, None if parameter is None else parameter.view_as(parameter))
+    replica(x).sum().backward()
+    found = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    model(x).sum().backward()
+    assert all(torch.equal(one, parameter.grad) for one, parameter in zip(found, model.parameters(), strict=True))
+
+
 def test_an_input_of_the_wrong_width_is_named_as_before():
     with pytest.raises(ValueError, match=r"input has shape \(3, 44\), the layer takes \[..., in_features=45\]"):
         mlp()(torch.randn(3, 44, dtype=torch.float64))

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from lottery_kernels import Pattern, operators
+from lottery_kernels import Pattern, SparseLinear, operators
+from lottery_kernels.fuse import FusedSequential
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 
@@ -214,3 +215,13 @@ def test_tensors_on_different_devices_are_named(moved):
     found = rf"linear: x is on {'meta' if moved == 0 else 'cpu'}, {'values' if moved == 0 else name} on"
     with pytest.raises(ValueError, match=found):
         operators._kernel("linear")(*args)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch._mkldnn])
+def test_a_tensor_that_is_not_dense_is_named(layout):
+    x = torch.randn(3, 8)
+    x = x.to_mkldnn() if layout is torch._mkldnn else x.to_sparse(layout=layout)
+    one, other = SparseLinear(8, 6), SparseLinear(6, 4)
+    for model in (one, FusedSequential(one, nn.ReLU(), other)):
+        with pytest.raises(ValueError, match=rf"x is {layout}; it takes dense tensors: x.to_dense\(\)"):
+            model(x)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 
 from lottery_kernels import sparsify
@@ -67,6 +68,16 @@ def test_jacobians_forward_and_backward(nets):
     x = images(2)
     torch.testing.assert_close(*[jacrev(net)(x) for net in nets])
     torch.testing.assert_close(*[jvp(net, (x,), (torch.ones_like(x),)) for net in nets])
+
+
+def test_forward_mode_without_torch_func(nets):
+    x, dx = images(), images()
+    found = []
+    for net in nets:
+        with forward_ad.dual_level():
+            found.append(forward_ad.unpack_dual(net(forward_ad.make_dual(x, dx))).tangent)
+    assert found[0] is not None
+    torch.testing.assert_close(*found)
 
 
 def test_a_transform_leaves_the_kernels_in_place(nets):

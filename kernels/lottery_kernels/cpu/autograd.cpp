@@ -47,26 +47,23 @@ struct Rest {
   at::IntArrayRef shape, block;
 };
 
-void save(AutogradContext* ctx, variable_list tensors, const Rest& rest) {
-  tensors.insert(tensors.end(), rest.index.begin(), rest.index.end());
-  ctx->save_for_backward(std::move(tensors));
+void save(AutogradContext* ctx, variable_list operands, const Rest& rest) {
+  ctx->save_for_backward(std::move(operands));
+  ctx->saved_data["index"] = rest.index.vec();  // nobody writes into it: it needs no version to check
   ctx->saved_data["shape"] = rest.shape;
   ctx->saved_data["block"] = rest.block;
 }
 
-// What a node saved: `operands` tensors, then the index.
+// What a node saved.
 struct Saved {
-  variable_list tensors;
-  size_t operands;
+  variable_list tensors, index;
   std::vector<int64_t> shape, block;
 
-  explicit Saved(AutogradContext* ctx, size_t operands = 2)
+  explicit Saved(AutogradContext* ctx)
       : tensors(ctx->get_saved_variables()),
-        operands(operands),
+        index(ctx->saved_data["index"].toTensorVector()),
         shape(ctx->saved_data["shape"].toIntVector()),
         block(ctx->saved_data["block"].toIntVector()) {}
-
-  at::TensorList index() const { return at::TensorList(tensors).slice(operands); }
 };
 
 struct LinearFunction : Function<LinearFunction> {
@@ -85,11 +82,11 @@ struct LinearFunction : Function<LinearFunction> {
                                      ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2)};
     Tensor dx, dvalues, dbias;
     if (dy.is_cpu()) {  // one pass over dy for all
-      std::tie(dx, dvalues, dbias) = call_backward(dy, x, values, saved.index(), saved.shape, wanted);
+      std::tie(dx, dvalues, dbias) = call_backward(dy, x, values, saved.index, saved.shape, wanted);
       return {wanted[0] ? dx : Tensor(), wanted[1] ? dvalues : Tensor(), wanted[2] ? dbias : Tensor(), {}};
     }
-    if (wanted[0]) dx = call_dgrad(dy, values, saved.index(), saved.shape);
-    if (wanted[1]) dvalues = call_wgrad(dy, x, saved.index(), saved.shape, saved.block);
+    if (wanted[0]) dx = call_dgrad(dy, values, saved.index, saved.shape);
+    if (wanted[1]) dvalues = call_wgrad(dy, x, saved.index, saved.shape, saved.block);
     if (wanted[2]) dbias = dy.sum(0);
     return {dx, dvalues, dbias, {}};
   }
@@ -106,8 +103,8 @@ struct DgradFunction : Function<DgradFunction> {
     const Saved saved(ctx);
     const Tensor &ddx = grads[0], &dy = saved.tensors[0], &values = saved.tensors[1];
     Tensor ddy, dvalues;
-    if (ctx->needs_input_grad(0)) ddy = call_linear(ddx, values, std::nullopt, saved.index(), saved.shape);
-    if (ctx->needs_input_grad(1)) dvalues = call_wgrad(dy, ddx, saved.index(), saved.shape, saved.block);
+    if (ctx->needs_input_grad(0)) ddy = call_linear(ddx, values, std::nullopt, saved.index, saved.shape);
+    if (ctx->needs_input_grad(1)) dvalues = call_wgrad(dy, ddx, saved.index, saved.shape, saved.block);
     return {ddy, dvalues, {}};
   }
 };
@@ -123,8 +120,8 @@ struct WgradFunction : Function<WgradFunction> {
     const Saved saved(ctx);
     const Tensor &dvalues = grads[0], &dy = saved.tensors[0], &x = saved.tensors[1];
     Tensor ddy, dx;
-    if (ctx->needs_input_grad(0)) ddy = call_linear(x, dvalues, std::nullopt, saved.index(), saved.shape);
-    if (ctx->needs_input_grad(1)) dx = call_dgrad(dy, dvalues, saved.index(), saved.shape);
+    if (ctx->needs_input_grad(0)) ddy = call_linear(x, dvalues, std::nullopt, saved.index, saved.shape);
+    if (ctx->needs_input_grad(1)) dx = call_dgrad(dy, dvalues, saved.index, saved.shape);
     return {ddy, dx, {}};
   }
 };
@@ -141,19 +138,19 @@ struct BackwardFunction : Function<BackwardFunction> {
 
   // y = x Wᵀ + b is linear in each of x, W and b, so its gradients' gradients are the same three products again.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const Saved saved(ctx, 3);
+    const Saved saved(ctx);
     const Tensor &dy = saved.tensors[0], &x = saved.tensors[1], &values = saved.tensors[2];
     const Tensor &ddx = grads[0], &ddvalues = grads[1], &ddbias = grads[2];
     Tensor ddy, dx, dvalues;
     const auto add = [](Tensor& sum, const Tensor& term) { sum = sum.defined() ? sum + term : term; };
     if (ctx->needs_input_grad(0)) {
-      if (ddx.defined()) add(ddy, call_linear(ddx, values, std::nullopt, saved.index(), saved.shape));
-      if (ddvalues.defined()) add(ddy, call_linear(x, ddvalues, std::nullopt, saved.index(), saved.shape));
+      if (ddx.defined()) add(ddy, call_linear(ddx, values, std::nullopt, saved.index, saved.shape));
+      if (ddvalues.defined()) add(ddy, call_linear(x, ddvalues, std::nullopt, saved.index, saved.shape));
       if (ddbias.defined()) add(ddy, ddbias.expand_symint(dy.sym_sizes()));
     }
-    if (ctx->needs_input_grad(1) && ddvalues.defined()) dx = call_dgrad(dy, ddvalues, saved.index(), saved.shape);
+    if (ctx->needs_input_grad(1) && ddvalues.defined()) dx = call_dgrad(dy, ddvalues, saved.index, saved.shape);
     if (ctx->needs_input_grad(2) && ddx.defined())
-      dvalues = call_wgrad(dy, ddx, saved.index(), saved.shape, saved.block);
+      dvalues = call_wgrad(dy, ddx, saved.index, saved.shape, saved.block);
     return {ddy, dx, dvalues, {}, {}};
   }
 };

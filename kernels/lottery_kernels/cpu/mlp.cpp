@@ -54,6 +54,10 @@ struct Layers {
   }
 };
 
+// As kernels can read it: autograd hands on tensors whose negation is only marked, and zeros that lie nowhere. Operators
+// that call one another through the dispatcher need not care.
+Tensor readable(const Tensor& t) { return t.is_neg() || t._is_zerotensor() ? t.clone() : t; }
+
 // A layer as the kernels take it.
 struct Layer {
   Form form;
@@ -69,10 +73,10 @@ std::vector<Layer> checked(const Tensor& x, const Layers& layers) {
     const std::array<int64_t, 2> shape{form.out, form.in};
     found.push_back({form, Weight(index, shape, values.sizes().slice(1)), {}, {}});
     Layer& layer = found.back();
-    layer.values = layer.weight.alive_only(values);
+    layer.values = layer.weight.alive_only(readable(values));
     TORCH_CHECK(values.scalar_type() == x.scalar_type(), "values of layer ", i, " are ", values.scalar_type(), ", x is ",
                 x.scalar_type());
-    if (form.bias) layer.bias = checked_bias(bias, form.out, x.scalar_type());
+    if (form.bias) layer.bias = checked_bias(readable(bias), form.out, x.scalar_type());
     const int64_t inputs = i == 0 ? form.in : found[i - 1].form.out;
     TORCH_CHECK(form.in == inputs, "layer ", i, " takes ", form.in, " features, the one before gives ", inputs);
   });
@@ -89,44 +93,60 @@ int shared_width(const std::vector<Layer>& layers, int64_t batch) {
   return panel_width<S>(features, batch);
 }
 
-// Panels [P, features, T] for what lies between two layers, padded to whole blocks of both.
+// Where what lies between the layers is kept: of every panel [rows, T] the features of all of them, one layer's behind
+// another's, each padded to whole blocks of both its neighbours.
 template <class S, int T>
-struct Between {
-  Tensor panels;
-  Activation<S> view;
-
-  Between(int64_t batch, const Layer& before, const Layer& after, const at::TensorOptions& options) {
-    const int64_t padded = std::max(before.weight.rows.lines * before.weight.r,
-                                    after.weight.columns.lines * after.weight.c);
-    panels = at::empty({(batch + T - 1) / T, padded, T}, options);
-    see(panels, before.form.out);
-    if (padded > before.form.out) panels.narrow(1, before.form.out, padded - before.form.out).zero_();
+class Between {
+ public:
+  Between(int64_t batch, const std::vector<Layer>& layers) : panels_((batch + T - 1) / T) {
+    for (size_t i = 0; i + 1 < layers.size(); ++i) {
+      const Weight &before = layers[i].weight, &after = layers[i + 1].weight;
+      places_.push_back({rows_, before.out, std::max(before.rows.lines * before.r, after.columns.lines * after.c)});
+      rows_ += places_.back().padded;
+    }
   }
 
-  Between(const Tensor& panels, int64_t features) : panels(panels) { see(this->panels, features); }
+  int64_t size() const { return panels_ * rows_ * T; }
+
+  // What lies behind layer i, in `data` [size()].
+  template <class D>
+  Activation<D> view(D* data, size_t i) const {
+    const Place& place = places_[i];
+    return {data + place.row * T, panels_ * T, place.features, 1, T, rows_ * T, place.padded};
+  }
+
+  // Zeros in all rows past the features.
+  void clear_padding(S* data) const {
+    for (const Place& place : places_)
+      for (int64_t p = 0; p < panels_; ++p)
+        std::memset(data + (p * rows_ + place.row + place.features) * T, 0,
+                    (place.padded - place.features) * T * sizeof(S));
+  }
 
  private:
-  void see(Tensor& panels, int64_t features) {
-    view = {panels.mutable_data_ptr<S>(), panels.size(0) * T, features, 1, T, panels.stride(0), panels.size(1)};
-  }
+  struct Place {
+    int64_t row, features, padded;
+  };
+
+  std::vector<Place> places_;
+  int64_t panels_, rows_ = 0;
 };
 
-// y; `between` receives the activations between the layers, in panels as wide as the backward pass takes them.
+// y; `kept` receives the activations between the layers, in panels as wide as the backward pass takes them.
 template <class S, int V>
-Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variable_list& between) {
+Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, Tensor& kept) {
   constexpr int T = V * kLanes<S>;
   Tensor y = empty_output(x, layers.back().form.out);
+  const Between<S, T> between(x.size(0), layers);
+  kept = at::empty({between.size()}, x.options());
+  S* const activations = kept.mutable_data_ptr<S>();
+  between.clear_padding(activations);
   std::vector<ForwardPass<S>> passes;
   passes.reserve(layers.size());
   Activation<const S> from = read<S>(x);
   for (size_t i = 0; i < layers.size(); ++i) {
     const Layer& layer = layers[i];
-    Activation<S> to = written<S>(y);
-    if (i + 1 < layers.size()) {
-      const Between<S, T> next(x.size(0), layer, layers[i + 1], x.options());
-      between.push_back(next.panels);
-      to = next.view;
-    }
+    const Activation<S> to = i + 1 < layers.size() ? between.view(activations, i) : written<S>(y);
     passes.push_back({from, layer.values.template const_data_ptr<S>(),
                       layer.form.bias ? layer.bias.template const_data_ptr<S>() : nullptr, layer.weight,
                       layer.form.relu, to});
@@ -137,12 +157,12 @@ Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variabl
   return y;
 }
 
-Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variable_list& between) {
+Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, Tensor& kept) {
   Tensor y;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lottery_kernels::mlp", [&] {
     using S = scalar_t;
     with_width<2, 4, 8>(shared_width<S>(layers, x.size(0)), [&]<int V>(std::integral_constant<int, V>) {
-      y = forward_layers<S, V>(x, layers, between);
+      y = forward_layers<S, V>(readable(x), layers, kept);
     });
   });
   return y;
@@ -151,7 +171,7 @@ Tensor forward_layers(const Tensor& x, const std::vector<Layer>& layers, variabl
 // What a backward pass starts from. y: undefined where no ReLU is behind the last layer.
 struct Saved {
   Tensor dy, x, y;
-  at::TensorList between;  // activations between the layers, in panels
+  Tensor between;  // activations between the layers
 };
 
 // wanted and the result: x, then the parameters in the operator's order.
@@ -164,8 +184,12 @@ variable_list backward_layers(const Saved& saved, const std::vector<Layer>& laye
   const Activation<const S> gate = saved.y.defined() ? read<S>(saved.y) : Activation<const S>{};
   Activation<const S> from = read<S>(dy);
   std::vector<BackwardPass<S>> passes;
-  std::vector<Between<S, T>> between;  // gradients
-  passes.reserve(layers.size()), between.reserve(layers.size());
+  passes.reserve(layers.size());
+  const Between<S, T> between(x.size(0), layers);
+  const S* const activations = saved.between.const_data_ptr<S>();
+  thread_local Scratch<S> buffer;
+  S* const gradients_between = layer_by_layer ? buffer.at_least(between.size()) : nullptr;
+  if (layer_by_layer) between.clear_padding(gradients_between);
   size_t next = wanted.size();
   const size_t first = std::find(wanted.begin(), wanted.end(), true) - wanted.begin();
   for (size_t i = layers.size(); i-- > 0;) {
@@ -177,7 +201,7 @@ variable_list backward_layers(const Saved& saved, const std::vector<Layer>& laye
       grads[0] = empty_activation(dy, layer.form.in);
       gradients.dx = written<S>(grads[0]);
     } else if (goes_on) {
-      if (layer_by_layer) gradients.dx = between.emplace_back(dy.size(0), layers[i - 1], layer, dy.options()).view;
+      if (layer_by_layer) gradients.dx = between.view(gradients_between, i - 1);
       gradients.through_relu = layers[i - 1].form.relu;
     }
     if (wanted[next]) {
@@ -188,8 +212,7 @@ variable_list backward_layers(const Saved& saved, const std::vector<Layer>& laye
       grads[next + 1] = at::empty({layer.form.out}, dy.options());
       gradients.dbias = grads[next + 1].template mutable_data_ptr<S>();
     }
-    const Activation<const S> source =
-        i == 0 ? read<S>(x) : reading(Between<S, T>(saved.between[i - 1], layer.form.in).view);
+    const Activation<const S> source = i == 0 ? read<S>(x) : between.view(activations, i - 1);
     const bool relu_behind = i + 1 == layers.size() && saved.y.defined();
     passes.push_back({from, relu_behind ? &gate : nullptr, source, layer.values.template const_data_ptr<S>(),
                       layer.weight, gradients});
@@ -256,14 +279,14 @@ variable_list composed_gradients(const Tensor& dy, const Tensor& x, const Layers
 struct MlpFunction : Function<MlpFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, at::TensorList parameters, const Layers& layers) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    variable_list between;
+    Tensor between;
     const auto checked_layers = checked(x, layers);
     Tensor y = forward_layers(x, checked_layers, between);
-    variable_list kept{x};
-    kept.insert(kept.end(), parameters.begin(), parameters.end());
-    kept.insert(kept.end(), between.begin(), between.end());
-    if (checked_layers.back().form.relu) kept.push_back(y);
-    ctx->save_for_backward(std::move(kept));
+    variable_list saved{x};
+    saved.insert(saved.end(), parameters.begin(), parameters.end());
+    saved.push_back(between);
+    if (checked_layers.back().form.relu) saved.push_back(y);
+    ctx->save_for_backward(std::move(saved));
     ctx->saved_data["index"] = layers.index.vec();  // nobody writes into it: it needs no version to check
     ctx->saved_data["layers"] = layers.forms;
     return y;
@@ -284,8 +307,8 @@ struct MlpFunction : Function<MlpFunction> {
       grads = composed_gradients(dy[0], x, layers, wanted);
     } else {
       const bool relu = layers.form(layers.count() - 1).relu;
-      const auto between = at::TensorList(kept).slice(1 + parameters, layers.count() - 1);
-      grads = backward_layers({dy[0], x, relu ? kept.back() : Tensor(), between}, checked(x, layers), wanted);
+      const Tensor &between = kept[1 + parameters], y = relu ? kept.back() : Tensor();
+      grads = backward_layers({readable(dy[0]), readable(x), y, between}, checked(x, layers), wanted);
     }
     grads.emplace_back();  // the rest has none
     return grads;
@@ -293,7 +316,7 @@ struct MlpFunction : Function<MlpFunction> {
 };
 
 Tensor mlp(const Tensor& x, at::TensorList parameters, at::TensorList index, at::IntArrayRef layers) {
-  variable_list between;
+  Tensor between;
   return forward_layers(x, checked(x, {parameters, index, layers}), between);
 }
 
