@@ -93,6 +93,7 @@ class SparseLayer(nn.Module):
             bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0
             nn.init.uniform_(self.bias, -bound, bound)
 
+    @torch.inference_mode(False)  # or the layer could not be trained any more
     @torch.no_grad()
     def set_mask(self, mask: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Replaces the mask. Survivors keep their values, newly live weights start at zero.
@@ -188,6 +189,7 @@ class SparseLayer(nn.Module):
             known = {"weight", "weight_mask", "weight_orig"} | ({"bias"} if self.bias is not None else set())
             unexpected_keys.extend(prefix + key for key in own if key not in known)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _load_weight(self, weight: Tensor, mask: Tensor | None, assign: bool) -> None:
         if not (isinstance(weight, Tensor) and isinstance(mask, Tensor | None)):

@@ -230,6 +230,17 @@ def test_a_compiled_graph_and_an_exported_program_give_the_same_bits():
     assert torch.equal(exported.module()(x[:4]), model(x[:4]))
 
 
+@pytest.mark.parametrize("whole", [unfused, copy.deepcopy])
+def test_a_compiled_backward_pass(whole):
+    model, x, dy = whole(mlp()), torch.randn(6, 45, dtype=torch.float64), torch.randn(6, 10, dtype=torch.float64)
+    model(x).backward(dy)
+    eager = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        model(x).backward(dy)
+    assert all(torch.equal(one, parameter.grad) for one, parameter in zip(eager, model.parameters(), strict=True))
+
+
 def test_autocast_and_half_precision_are_as_one_by_one():
     model = mlp(dtype=torch.float32)
     x = torch.randn(6, 45)

@@ -160,6 +160,18 @@ def test_assigning_a_state_dict_brings_a_meta_layer_to_life():
     assert_same_training(layer, dense_masked(source), torch.randn(5, 13, dtype=torch.float64))
 
 
+def test_a_mask_changed_or_loaded_in_inference_mode_can_be_trained():
+    layer, other = SparseLinear(12, 5), SparseLinear(12, 5, mask=torch.rand(5, 12) < 0.5)
+    with torch.inference_mode():
+        layer.set_mask(torch.rand(5, 12) < 0.5)
+        layer.load_state_dict(other.state_dict())
+    x = torch.randn(3, 12)
+    y = layer(x)
+    y.sum().backward()
+    assert layer.values.grad is not None
+    assert torch.equal(y, other(x))
+
+
 def test_the_meta_device_as_a_context():
     with torch.device("meta"):
         layer = SparseLinear(13, 11)

@@ -47,21 +47,22 @@ struct Rest {
   at::IntArrayRef shape, block;
 };
 
-void save(AutogradContext* ctx, variable_list operands, const Rest& rest) {
-  ctx->save_for_backward(std::move(operands));
-  ctx->saved_data["index"] = rest.index.vec();  // nobody writes into it: it needs no version to check
+void save(AutogradContext* ctx, variable_list tensors, const Rest& rest) {
+  tensors.insert(tensors.end(), rest.index.begin(), rest.index.end());
+  ctx->save_for_backward(std::move(tensors));
   ctx->saved_data["shape"] = rest.shape;
   ctx->saved_data["block"] = rest.block;
 }
 
-// What a node saved.
+// What a node saved: `operands` tensors, then the index.
 struct Saved {
-  variable_list tensors, index;
+  variable_list tensors;
+  at::TensorList index;
   std::vector<int64_t> shape, block;
 
-  explicit Saved(AutogradContext* ctx)
+  explicit Saved(AutogradContext* ctx, size_t operands = 2)
       : tensors(ctx->get_saved_variables()),
-        index(ctx->saved_data["index"].toTensorVector()),
+        index(at::TensorList(tensors).slice(operands)),
         shape(ctx->saved_data["shape"].toIntVector()),
         block(ctx->saved_data["block"].toIntVector()) {}
 };
@@ -138,7 +139,7 @@ struct BackwardFunction : Function<BackwardFunction> {
 
   // y = x Wᵀ + b is linear in each of x, W and b, so its gradients' gradients are the same three products again.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const Saved saved(ctx);
+    const Saved saved(ctx, 3);
     const Tensor &dy = saved.tensors[0], &x = saved.tensors[1], &values = saved.tensors[2];
     const Tensor &ddx = grads[0], &ddvalues = grads[1], &ddbias = grads[2];
     Tensor ddy, dx, dvalues;

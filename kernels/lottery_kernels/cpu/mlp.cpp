@@ -282,34 +282,29 @@ struct MlpFunction : Function<MlpFunction> {
     Tensor between;
     const auto checked_layers = checked(x, layers);
     Tensor y = forward_layers(x, checked_layers, between);
-    variable_list saved{x};
+    variable_list saved{x, between, checked_layers.back().form.relu ? y : Tensor()};
     saved.insert(saved.end(), parameters.begin(), parameters.end());
-    saved.push_back(between);
-    if (checked_layers.back().form.relu) saved.push_back(y);
+    saved.insert(saved.end(), layers.index.begin(), layers.index.end());
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["index"] = layers.index.vec();  // nobody writes into it: it needs no version to check
     ctx->saved_data["layers"] = layers.forms;
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
-    const variable_list kept = ctx->get_saved_variables(), index = ctx->saved_data["index"].toTensorVector();
+    const variable_list saved = ctx->get_saved_variables();
     const std::vector<int64_t> forms = ctx->saved_data["layers"].toIntVector();
-    const Tensor& x = kept[0];
-    Layers layers{{}, index, forms};
+    const Tensor &x = saved[0], &between = saved[1], &y = saved[2];
+    Layers layers{{}, {}, forms};
     size_t parameters = 0;
     for (int64_t i = 0; i < layers.count(); ++i) parameters += 1 + layers.form(i).bias;
-    layers.parameters = at::TensorList(kept).slice(1, parameters);
+    layers.parameters = at::TensorList(saved).slice(3, parameters);
+    layers.index = at::TensorList(saved).slice(3 + parameters);
     std::vector<bool> wanted(1 + parameters);
     for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = ctx->needs_input_grad(i);
-    variable_list grads;
-    if (at::GradMode::is_enabled()) {
-      grads = composed_gradients(dy[0], x, layers, wanted);
-    } else {
-      const bool relu = layers.form(layers.count() - 1).relu;
-      const Tensor &between = kept[1 + parameters], y = relu ? kept.back() : Tensor();
-      grads = backward_layers({readable(dy[0]), readable(x), y, between}, checked(x, layers), wanted);
-    }
+    variable_list grads =
+        at::GradMode::is_enabled()
+            ? composed_gradients(dy[0], x, layers, wanted)
+            : backward_layers({readable(dy[0]), readable(x), y, between}, checked(x, layers), wanted);
     grads.emplace_back();  // the rest has none
     return grads;
   }
