@@ -72,16 +72,19 @@ struct BackwardPass {
     ordered = to;
   }
 
-  // Adds the parts up, and puts the gradients of single weights where they belong.
+  // Adds the parts of the gradients [begin, end) up, and puts those of single weights where they belong.
+  void place(int64_t parts, int64_t begin, int64_t end) const {
+    if (!size() || (parts == 1 && !single())) return;
+    const S *first = value_sums(0, parts), *second = value_sums(parts - 1, parts);
+    for (int64_t k = begin; k < end; ++k)
+      wanted.dvalues[single() ? weight.columns.position[k] : k] = parts == 1 ? first[k] : first[k] + second[k];
+  }
+
   void finish(int64_t parts) const {
     if (wanted.dbias && parts == 2)
       for (int64_t f = 0; f < weight.out; ++f) wanted.dbias[f] += bias_sums(1)[f];
-    if (!size() || (parts == 1 && !single())) return;
-    const S *first = value_sums(0, parts), *second = value_sums(parts - 1, parts);
-    in_shares(single() ? size() : size() / kLanes<S>, [&](int64_t i, int64_t n) {
-      for (int64_t k = size() * i / n; k < size() * (i + 1) / n; ++k)
-        wanted.dvalues[single() ? weight.columns.position[k] : k] = parts == 1 ? first[k] : first[k] + second[k];
-    });
+    in_shares(single() ? 4 * size() : size() / kLanes<S>,
+              [&](int64_t i, int64_t n) { place(parts, size() * i / n, size() * (i + 1) / n); });
   }
 };
 
@@ -116,7 +119,6 @@ class PanelBackward {
       if (buffer && !dead) pack_x(first * weight_.c, last * weight_.c, buffer);
       const S* const x_rows = packed ? pass_.x.template panel<T>(p_) + first * weight_.c * T : buffer;
       for (int64_t column = first; column < last; ++column) {
-        for (int64_t f = column * weight_.c; dx_.data && f < (column + 1) * weight_.c; ++f) prefetch_row<S, T>(dx_, p_, f);
         const S* x = x_rows + (column - first) * weight_.c * T;
         if (pass_.single()) single(column, x, dots);
         else block(column, x);
@@ -200,7 +202,7 @@ void each_panel(int64_t panels, int64_t part, int64_t parts, const Visit& visit)
   for (int64_t p = end - 1; p >= begin; --p) visit(p, p == end - 1);
 }
 
-// One layer, all of whose sums have their place.
+// One layer, all of whose sums have their place. A single part is placed at once.
 template <class S, int V>
 void backward_shares(const BackwardPass<S>& pass) {
   const auto dy = pass.template panels<V>();
@@ -213,6 +215,7 @@ void backward_shares(const BackwardPass<S>& pass) {
       each_panel(count, part, parts, [&](int64_t p, bool first) {
         PanelBackward<S, V>(pass, p, dy[p], pass.wanted.dx, part, parts, !first).run(range);
       });
+      if (parts == 1) pass.place(parts, pass.weight.columns.ptr[range.begin], pass.weight.columns.ptr[range.end]);
     }
   });
 }
@@ -266,7 +269,7 @@ void backward(std::vector<BackwardPass<S>>& passes) {
   } else {
     for (const auto& pass : passes) {
       backward_shares<S, V>(pass);
-      pass.finish(parts);
+      if (parts > 1) pass.finish(parts);
     }
   }
 }

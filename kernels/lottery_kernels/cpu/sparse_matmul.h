@@ -82,8 +82,7 @@ inline void multiply_rows(const Entries& e, int64_t line, const S* values, const
     Vec<S> done[R][V];
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) done[r][v] = splat<S>(first(r));
-    multiply<S, R, V, INS>(done, e, begin, std::min(begin + run, end), values, block, out, row_stride, source);
-    for (int64_t k = begin + run; k < end; k += run) {
+    for (int64_t k = begin; k < end; k += run) {
       Vec<S> sums[R][V] = {};
       multiply<S, R, V, INS>(sums, e, k, std::min(k + run, end), values, block, out, row_stride, source);
       for (int r = 0; r < R; ++r)
