@@ -176,6 +176,7 @@ class Hollow(nn.Module):
     def __init__(self, net: nn.Module, out: int) -> None:
         super().__init__()
         self.operator = torch.ops.lottery_benchmarks.hollow.default
+        # A plain list beside the registry: reading a ParameterList would take longer than the operator.
         self.out, self.held = out, [nn.Parameter(parameter.detach().clone()) for parameter in net.parameters()]
         for number, parameter in enumerate(self.held):
             self.register_parameter(str(number), parameter)

@@ -54,7 +54,7 @@ Activation<const S> read(const Tensor& x) {
   return {x.const_data_ptr<S>(), x.size(0), x.size(1), x.stride(0), x.stride(1)};
 }
 
-// Not written past the caches, whatever their size: the next layer reads it.
+// Not written past the caches, however large it is: the next layer reads it.
 template <class S>
 Activation<S> written(Tensor& y) {
   return {y.mutable_data_ptr<S>(), y.size(0), y.size(1), y.stride(0), y.stride(1)};

@@ -75,14 +75,13 @@ inline void multiply_rows(const Entries& e, int64_t line, const S* values, const
                           int64_t row_stride, const Rows& rows, const First& first, const Write& write) {
   constexpr int FIT = kRegisters / 2 / R;  // the rest is for the source and the weights
   constexpr int V = PANEL <= FIT ? PANEL : FIT >= 4 ? 4 : FIT >= 2 ? 2 : 1;
-  const int64_t begin = e.ptr[line], end = e.ptr[line + 1];
-  const int64_t run = INS ? kTerms / INS : std::max<int64_t>(1, kTerms / block.ins);
+  const int64_t end = e.ptr[line + 1], run = INS ? kTerms / INS : std::max<int64_t>(1, kTerms / block.ins);
   for (int tile = 0; tile < PANEL; tile += V) {
     const auto source = [&](int64_t k) { return rows(k) + tile * kLanes<S>; };
     Vec<S> done[R][V];
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) done[r][v] = splat<S>(first(r));
-    for (int64_t k = begin; k < end; k += run) {
+    for (int64_t k = e.ptr[line]; k < end; k += run) {
       Vec<S> sums[R][V] = {};
       multiply<S, R, V, INS>(sums, e, k, std::min(k + run, end), values, block, out, row_stride, source);
       for (int r = 0; r < R; ++r)
