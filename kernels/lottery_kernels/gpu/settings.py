@@ -162,7 +162,7 @@ def halves(
     """
     if not _prefetches(target) or (dtype == torch.float32 and precision == "ieee"):
         return ""
-    if pairs and dtype.itemsize == 2 and inner <= 32:
+    if pairs and dtype.itemsize == 2 and inner <= 32 and narrow <= 64:  # with 128 ptxas spills
         return "steps"
     if inner // 2 * dtype.itemsize >= 32 and inner // 2 * narrow * dtype.itemsize >= 16 * 32 * warps:
         return "depth"
