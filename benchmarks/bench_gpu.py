@@ -155,9 +155,13 @@ def sampler(layer: Layer, nnz: int) -> Callable[[Launch], list[int]]:
             return [0]
         if "wgrad" in launch.name:
             tiles = (given["R"] // given["BR"]) * (given["C"] // given["BC"])
-            spread = 1 if layer.image is None else SPREAD
-            entries = sorted({round(i * (nnz - 1) / max(1, spread - 1)) for i in range(spread)})
-            parts = range(0, count, nnz * tiles)
+            programs = -(-nnz // given["BLOCKS"]) * tiles
+            if layer.image is None:  # the programs with the first tile; all are alike if all see blocks of one row
+                alike = layer.density == 1 and layer.weight_shape[1] % (given["C"] * given["BLOCKS"]) == 0
+                return [pid for pid in range(0, count, tiles) if not alike or pid % programs == 0]
+            spread = SPREAD if layer.density == 1 else programs // tiles
+            entries = sorted({round(i * (programs // tiles - 1) / max(1, spread - 1)) for i in range(spread)})
+            parts = range(0, count, programs)
             return [part + entry * tiles for part, entry in itertools.product(parts, entries)]
         group = min(given["tiles"], given["GROUP"])
         lines = count // given["tiles"] if layer.density < 1 else 1  # with a full mask all lines are alike

@@ -38,9 +38,8 @@ def instructions_for_tiling(layer: Layer, nnz: int) -> float:
         tiles, blocks = math.ceil(rows / tile.rows), nnz * (cols // tile.cols)
         total += tiles * blocks * _loop(tile.rows, tile.cols, depth, tile.warps)
         total += rows * features * (1 / 32 + 1 / 64 + 3 * 2 / 512)
-    tile = settings.wgrad_tile(rows, layer.block, layer.dtype, kind, TARGET)
-    programs = nnz * (r // tile.cols) * (c // tile.depth)
-    _, parts = settings.wgrad_split(programs, rows, tile.rows, TARGET)
+    tile = settings.wgrad_tile(rows, layer.block, layer.dtype, kind, TARGET, _per_row(layer, nnz))
+    _, programs, _, parts = settings.wgrad_split(nnz, layer.block, rows, tile, TARGET)
     total += programs * _loop(tile.cols, tile.depth, rows, tile.warps)
     sums = nnz * r * c
     total += sums * (parts / 32 + 1 / 64 + 2 / 512)
@@ -52,6 +51,10 @@ def _loop(height: int, width: int, depth: int, warps: int) -> float:
     pieces = depth / 256  # of 16×16 values, one ldmatrix, for a row or column
     loads = min(pieces * (height * (warps // high) + width * high) for high in (1, 2, 4, 8) if high <= warps)
     return height * width * depth / 2048 + loads + (height + width) * depth * 2 / 512
+
+
+def _per_row(layer: Layer, nnz: int) -> float:
+    return nnz / math.ceil(layer.weight_shape[0] / layer.block[0])
 
 
 def least_for_tiling(layer: Layer, nnz: int) -> dict[str, float]:
@@ -66,9 +69,8 @@ def least_for_tiling(layer: Layer, nnz: int) -> dict[str, float]:
         tiles, per_line = -(-rows // tile.rows), cols // tile.cols
         read = tiles * nnz * per_line * (depth * tile.cols + min(rows, tile.rows) * depth)
         least[name] = (read + rows * features) * size / SECTOR
-    tile = settings.wgrad_tile(rows, layer.block, layer.dtype, kind, target)
-    programs = nnz * (r // tile.cols) * (c // tile.depth)
-    _, parts = settings.wgrad_split(programs, rows, tile.rows, target)
+    tile = settings.wgrad_tile(rows, layer.block, layer.dtype, kind, target, _per_row(layer, nnz))
+    _, programs, _, parts = settings.wgrad_split(nnz, layer.block, rows, tile, target)
     partial = 2 * parts * nnz * r * c * 4 if parts > 1 else 0  # fp32, written and read
     least["dvalues"] = ((programs * rows * (tile.cols + tile.depth) + nnz * r * c) * size + partial) / SECTOR
     return least

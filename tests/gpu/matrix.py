@@ -60,13 +60,15 @@ def rows() -> Iterator[Row]:
 
 def compiled(row: Row, image: tuple[int, int] = (12, 12)) -> Facts:
     """Facts of the kernel that the launcher compiles for a plain layer, larger than every tile, with several lines a
-    program where the settings allow it; images of 12×12 fill no tile exactly."""
+    program where the settings allow it and all blocks live; images of 12×12 fill no tile exactly."""
     kind, result = OPERATORS[row.operator]
     together = 4 if row.gpu == "sm_80" else None
     if kind == "linear":
-        layer = Layer(row.precision, row.block, (256, 256), 4096, together=together)
+        layer = Layer(row.precision, row.block, (256, 256), 4096, together=together, density=1.0)
     else:
-        layer = Layer(row.precision, row.block, (256, 256, 3, 3), 32, image, padding=(1, 1), together=together)
+        layer = Layer(
+            row.precision, row.block, (256, 256, 3, 3), 32, image, padding=(1, 1), together=together, density=1.0
+        )
     with stand_in(row.gpu, execute=None) as gpu, precision(row.precision):
         layer.sparse()[result]()
     launch = gpu.launches[0]

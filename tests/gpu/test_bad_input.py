@@ -150,7 +150,7 @@ def test_the_index_of_a_pattern_on_the_cpu():
 
 
 def test_a_launch_that_does_not_fit_the_gpu(monkeypatch):
-    x, values, _, _, pattern = arguments(Layer("fp16", (64, 64), (64, 128), 128, density=1.0))
+    x, values, _, _, pattern = arguments(Layer("fp16", (64, 64), (64, 768), 128, density=1.0))
     monkeypatch.setattr(launch, "product_tile", lambda *args, **options: settings.Tile(128, 64, 64, 4, 12))
     with pytest.raises(RuntimeError, match=r"linear_product_kernel does not fit this GPU .*arch=80"):
         linear.linear(x, values, pattern)

@@ -13,66 +13,102 @@ from .cases import Layer, as_tensor_core, check
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 LINEAR = Layer("fp16", (32, 32), (144, 112), 100, density=0.6, fine=True, together=2)
-CUT = Layer("fp16", (32, 32), (64, 64), 1200, density=0.6, fine=True)  # wgrad in two phases
+CUT = Layer("fp16", (32, 32), (64, 64), 2100, density=0.6, fine=True)  # wgrad in two phases
+STEPS = Layer("fp16", (16, 16), (80, 392), 100, density=0.6, together=2)  # two steps in a turn of the loop
+SEVERAL = Layer("fp16", (16, 16), (72, 104), 1100, density=0.5)  # wgrad of several blocks together
 CONV = Layer("fp16", (16, 16), (40, 24, 3, 3), 2, (6, 7), (2, 1), (1, 1), density=0.5, fine=True)
+WHOLE = Layer("fp16", (16, 16), (48, 48, 3, 3), 64, (4, 4), padding=(1, 1), density=0.4)  # several blocks a program
 DEEP = 16 * " "
-# where: what is wrong -> (right, wrong, the result that it spoils)
+# shown by, where: what is wrong -> (right, wrong, the result that it spoils)
 BUGS = {
-    (linear, "linear_product_kernel"): {
+    (LINEAR, linear, "linear_product_kernel"): {
         "tail mask dropped": ("TAIL_K else None", "False else None", "y"),
         "rows stored behind the last": ("o_m < rows", "o_m >= 0", "y"),
         "columns stored behind the last": ("N - n, o_n", "BLOCK_N, o_n", "y"),
         "rows not clamped": ("tl.minimum(o_m, rows - 1)", "o_m", "y"),
         "line overrun by an entry": ("end * PER_BLOCK", "(end + 1) * PER_BLOCK", "y"),
         "last block skipped": ("end * PER_BLOCK", "(end - 1) * PER_BLOCK", "y"),
-        "index of the step before": ("tl.minimum(i + 1, last", "tl.minimum(i, last", "y"),
+        "index of the step before": ("tl.minimum(i + STEPS, last", "tl.minimum(i, last", "y"),
         "all lines written as the first": ("n = line * BLOCK_N + first_n", "n = first_n", "y"),
         "live lines taken for empty": ("if begin == end:", "if begin < end:", "y"),
         "bias forgotten": ("EVEN_N, HAS_BIAS", "EVEN_N, False", "y"),
-        "transposed index not used": ("tl.load(entry_ptr + following) if TRANSPOSED else following", "following", "dx"),
+        "transposed index not used": ("tl.load(entry_ptr + following // PER_BLOCK) if TRANSPOSED else ", "", "dx"),
         "sums carried into the next line": (
             f"{DEEP}b_y = tl.zeros((HM, BN), dtype=tl.float32)",
             f"{DEEP}b_y = b_y",
             "y",
         ),
-        "line not written at its end": ("if i_line != line:", "if i_line < line:", "y"),
+        "line not written at its end": ("if i + STEPS == line_end:", "if i + STEPS == -1:", "y"),
         "run of lines too long": ("first_line + LINES,", "first_line + LINES + 1,", "y"),
         "half of the depth left out": ("tl.dot(b_x1, b_b1, b_y,", "tl.dot(b_x, b_b1, b_y,", "y"),
         "values not transposed": ("o_k[:, None] * STEP_K + o_n[None", "o_k[:, None] * STEP_N + o_n[None", "dx"),
     },
-    (linear, "linear_wgrad_kernel"): {
+    (STEPS, linear, "linear_product_kernel"): {
+        "line not written in the middle of a turn": ("if i + 1 == line_end:", "if i + 1 == -1:", "y"),
+        "last step alone left out": ("if last_turn < last_step:", "if last_turn < 0:", "y"),
+        "values of the first step taken twice": ("tl.cast(i_entry1,", "tl.cast(i_entry,", "y"),
+        "tail of the second step not masked": ("(outer1 + o_k < K)", "(outer1 + o_k >= 0)", "y"),
+    },
+    (LINEAR, linear, "end_of_line"): {
+        "last line written twice": ("end == last_step", "end < 0", "y"),
+    },
+    (CUT, linear, "sum_blocks"): {
         "end of a part ignored": ("last = tl.minimum(first + part, M)", "last = M", "dvalues"),
         "tail of the batch not masked": ("o_m < last", "o_m >= 0", "dvalues"),
         "parts written over each other": ("i_entry, i_part, nnz", "i_entry, 0, nnz", "dvalues"),
         "columns taken for rows": ("tl.load(row_ptr + i_entry) * R", "tl.load(col_ptr + i_entry) * R", "dvalues"),
     },
-    (launch, "add_parts_kernel"): {
+    (SEVERAL, linear, "sum_blocks"): {
+        "all blocks at the column of the first": ("tl.where(o_j == j,", "tl.where(o_j == -1,", "dvalues"),
+        "all blocks written as the first": ("o_j * (R * C) + o_c", "o_c", "dvalues"),
+    },
+    (SEVERAL, linear, "of_one_row"): {
+        "blocks of two rows taken for one row's": ("(last < nnz) & (", "(last < nnz) | (", "dvalues"),
+    },
+    (SEVERAL, linear, "linear_wgrad_kernel"): {
+        "blocks left out where rows change": ("range(begin, end, HALF)", "range(begin, end - HALF, HALF)", "dvalues"),
+    },
+    (CUT, launch, "add_parts_kernel"): {
         "a part left out of the sum": ("range(PARTS)", "range(PARTS - 1)", "dvalues"),
         "dead positions not zero": ("if HAS_ALIVE:", "if False:", "dvalues"),
     },
-    (conv, "load_tap"): {
+    (CONV, conv, "load_tap"): {
         "border of the image not masked": ("((x_w + shift_w).to(tl.uint32) < XW)", "(x_w + shift_w < XW)", "y"),
     },
-    (conv, "pixels"): {
+    (CONV, conv, "pixels"): {
         "phase of a stride forgotten": ("o_i * STRIDE_H + phase_h", "o_i * STRIDE_H", "dx"),
     },
-    (conv, "conv2d_product_kernel"): {
-        "tap shifted the wrong way": ("shift_h = tap // KW * DILATION_H", "shift_h = -(tap // KW) * DILATION_H", "y"),
+    (CONV, conv, "conv2d_product_kernel"): {
+        "tap shifted the wrong way": ("shift_h = tap_h * DILATION_H", "shift_h = -tap_h * DILATION_H", "y"),
         "entries of another phase": ("begin_ptr += i_phase * lines", "begin_ptr += lines", "dx"),
     },
-    (conv_wgrad, "load_pixels"): {
+    (CONV, conv_wgrad, "load_pixels"): {
         "stride ignored": ("% PIXELS // YW * STRIDE_H", "% PIXELS // YW", "dvalues"),
-        "pixels not carried on": ("begin_x + shift_w", "begin_x * 0 + shift_w", "dvalues"),
+        "pixels not carried on": ("p_c + begin_x", "p_c + begin_x * 0", "dvalues"),
     },
-    (conv_wgrad, "conv2d_wgrad_kernel"): {
+    (CONV, conv_wgrad, "sum_blocks"): {
         "pixels behind the last not masked": ("o_m < last)", "o_m >= 0)", "dvalues"),
         "channels not masked": ("(first_n + o_r < N)", "(first_n + o_r >= 0)", "dvalues"),
+    },
+    (WHOLE, conv_wgrad, "sum_blocks"): {
+        "all blocks look through the first one's tap": (
+            "tl.load(col_ptr + i_entry + j)",
+            "tl.load(col_ptr + i_entry)",
+            "dvalues",
+        ),
+        "blocks written over each other": ("(o_j * (R * C) + o_c)", "o_c", "dvalues"),
+    },
+    (WHOLE, conv_wgrad, "of_one_row"): {
+        "blocks of two rows taken for one's": ("(last < nnz) & (", "(last < nnz) | (", "dvalues"),
+    },
+    (WHOLE, conv_wgrad, "conv2d_wgrad_kernel"): {
+        "blocks at a row's end left out": ("range(begin, end, HALF)", "range(begin, end - HALF, HALF)", "dvalues"),
     },
 }
 EDITS = {
     "wait for copies dropped": lambda ptx: re.sub(r"cp\.async\.wait_group[^;]*;", "", ptx),
     "wait for copies weakened": lambda ptx: re.sub(r"(wait_group\s+)(\d+)", lambda m: m[1] + str(int(m[2]) + 2), ptx),
-    "swizzle wrong": lambda ptx: ptx.replace("xor.b32", "or.b32", 1),
+    "swizzle wrong": lambda ptx: ptx.replace("xor.b32", "or.b32"),
 }
 
 
@@ -87,11 +123,10 @@ def caught(layer: Layer, result: str, gpu: str = "sm_80", **options) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("module", "kernel", "right", "wrong", "result"),
+    ("layer", "module", "kernel", "right", "wrong", "result"),
     [pytest.param(*where, *bug, id=name) for where, bugs in BUGS.items() for name, bug in bugs.items()],
 )
-def test_bugs_in_the_source_are_caught(module, kernel, right, wrong, result):
-    layer = CONV if module in (conv, conv_wgrad) else CUT if result == "dvalues" else LINEAR
+def test_bugs_in_the_source_are_caught(layer, module, kernel, right, wrong, result):
     with planted(module, kernel, right, wrong):
         assert caught(layer, result)
 
@@ -104,7 +139,11 @@ def test_bugs_in_the_compiled_code_are_caught(gpu, edit):
     assert not caught(layer, "y", gpu)
 
 
-@pytest.mark.parametrize("layer", [LINEAR, CUT, CONV], ids=["linear", "cut", "conv2d"])
+@pytest.mark.parametrize(
+    "layer",
+    [LINEAR, STEPS, CUT, SEVERAL, CONV, WHOLE],
+    ids=["linear", "steps", "cut", "several", "conv2d", "whole images"],
+)
 @pytest.mark.parametrize("result", ["y", "dx", "dvalues"])
 def test_without_a_bug_nothing_is_caught(layer, result):
     assert not caught(layer, result)

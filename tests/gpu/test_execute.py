@@ -49,7 +49,7 @@ def test_all_pruned_and_full(gpu, kind, density):
 
 def test_the_batch_is_cut_where_few_blocks_are_live():
     """Two phases: partial sums of parts of the batch, then their sum in a fixed order, the same bits every time."""
-    layer = Layer("bf16", (32, 32), (64, 64), 1200, density=0.5, fine=True)
+    layer = Layer("bf16", (32, 32), (64, 64), 2100, density=0.5, fine=True)
     check_layer(layer, "sm_90")
     with stand_in("sm_90") as gpu:
         compute = layer.sparse()["dvalues"]
@@ -59,10 +59,30 @@ def test_the_batch_is_cut_where_few_blocks_are_live():
 
 
 @GPUS
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (16, 64)])
+def test_steps_in_pairs_and_weight_gradients_of_several_blocks(gpu, block):
+    """What long batches and lines of many blocks take, with tails, empty rows and an odd number of blocks."""
+    check_layer(Layer("bf16", block, (72, 1100), 1100, density=0.5, fine=True, relu=True, together=2), gpu)
+    check_layer(Layer("fp16", block, (144, 208), 1024, density=0.1, seed=1), gpu)
+
+
+@GPUS
 @pytest.mark.parametrize("name", PRECISIONS)
 @pytest.mark.parametrize(("block", "image", "stride"), [((16, 16), (4, 4), (1, 1)), ((32, 32), (8, 16), (1, 2))])
 def test_images_that_fill_a_step_of_the_weight_gradient_exactly(gpu, name, block, image, stride):
     check_layer(Layer(name, block, (64, 40, 3, 3), 9, image, stride, padding=(1, 1)), gpu)
+
+
+@pytest.mark.parametrize(("block", "groups", "density"), [((16, 16), 1, 0.6), ((16, 16), 2, 0.2), ((32, 32), 2, 0.5)])
+def test_blocks_of_a_row_are_summed_together_and_those_at_its_ends_apart(block, groups, density):
+    """Four, two or one in a product."""
+    options = {"padding": (1, 1), "groups": groups, "density": density, "fine": True}
+    layer = Layer("bf16", block, (64 * groups, 72, 3, 3), 64, (4, 8), (1, 2), **options)
+    check_layer(layer, "sm_80")
+    with stand_in("sm_80", execute=None) as gpu:
+        layer.sparse()["dvalues"]()
+    launch = gpu.launches[0]
+    assert dict(zip(launch.source.arg_names, launch.args, strict=True))["BLOCKS"] == 64 // block[1]
 
 
 @GPUS
@@ -105,3 +125,18 @@ def test_matrix_instructions_are_proportional_to_live_blocks(stride):
     assert 0 < few < all_ == 36
     # With strides each tap is seen by one phase of dgrad, which all have equally many pixels here.
     assert [some * all_ for some in counts[0]] == [full * few for full in counts[1]]
+
+
+@pytest.mark.parametrize("block", [(16, 16), (32, 32)])
+def test_matrix_instructions_of_linear_layers_are_proportional_to_live_blocks(block):
+    """However many steps a turn has and however many blocks share a program."""
+    few, full = (Layer("fp16", block, (64, 832), 1024, density=density, together=2) for density in (0.4, 1.0))
+    counts = []
+    for layer in (few, full):
+        with stand_in("sm_80", races=False) as gpu:
+            for compute in layer.sparse().values():
+                compute()
+        counts.append([launch.counts["mma"] for launch in gpu.launches if launch.counts["mma"]])
+    some, all_ = (layer.pattern().nnz for layer in (few, full))
+    assert 0 < some < all_ == 64 * 832 // (block[0] * block[1])
+    assert [count * all_ for count in counts[0]] == [count * some for count in counts[1]]

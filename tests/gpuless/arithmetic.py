@@ -83,7 +83,9 @@ def _extremum(wins: Callable[..., Any], ignoring_nan: Callable[..., Any]) -> Cal
 def multiply(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     kind, (result, a, b, *added) = instruction.type, instruction.operands
     x, y = machine.read(a, kind), machine.read(b, kind)
-    if "wide" in instruction.modifiers or "hi" in instruction.modifiers:
+    if "hi" in instruction.modifiers and x.itemsize == 8:  # Python's integers hold the product
+        product = np.asarray(x.astype(object) * y.astype(object) >> 64).astype(x.dtype)
+    elif "wide" in instruction.modifiers or "hi" in instruction.modifiers:
         wide = WIDER[kind]
         product = x.astype(wide) * y.astype(wide)
         if "hi" in instruction.modifiers:

@@ -17,14 +17,18 @@ _number = itertools.count()
 @contextmanager
 def planted(module: ModuleType, kernel: str, right: str, wrong: str) -> Iterator[None]:
     """While inside, `module.kernel` is compiled from its source with `right`, which must occur, replaced by `wrong`,
-    and so are the module's kernels that call it."""
+    and so are the module's kernels that call it, directly or not."""
     source = inspect.getsource(getattr(module, kernel).fn)
     if right not in source:
         raise ValueError(f"{kernel} has no {right!r} any more: plant the bug in what it has now")
     functions = {name: item for name, item in vars(module).items() if isinstance(item, JITFunction)}
-    callers = {name: inspect.getsource(item.fn) for name, item in functions.items() if name != kernel}
+    others = {name: inspect.getsource(item.fn) for name, item in functions.items() if name != kernel}
     sources = {kernel: source.replace(right, wrong)}
-    sources |= {name: text for name, text in callers.items() if f"{kernel}(" in text}
+    called = [kernel]
+    for inner in called:  # grows while it is walked: callers of callers too, behind what they call
+        callers = [name for name, text in others.items() if f"{inner}(" in text and name not in called]
+        called += callers
+        sources |= {name: others[name] for name in callers}
     try:
         for name, text in sources.items():
             setattr(module, name, _compiled(module, name, text))

@@ -23,7 +23,7 @@ class Registers:
 
     def read(self, operand: Register | Immediate, type: str) -> np.ndarray:
         bits = operand.number if isinstance(operand, Immediate) else self.registers[operand.name.lstrip("%")]
-        return np.array([bits], np.uint16 if type == "b16" else np.uint32)
+        return np.array([bits], {"b16": np.uint16, "u64": np.uint64}.get(type, np.uint32))
 
     def write(self, operand: Register, value: np.ndarray, mask: None) -> None:
         self.result = int(np.asarray(value).ravel()[0])
@@ -42,6 +42,10 @@ def result(text: str, **registers: int) -> int:
 )
 def test_bytes_and_copies_of_their_signs(selector, expected):
     assert result(f"prmt.b32 %r, %a, %b, {selector}", a=0x80FF7F01, b=0x11111122) == expected
+
+
+def test_the_high_half_of_a_product_of_64_bits():
+    assert result("mul.hi.u64 %r, %a, %b", a=2**64 - 1, b=2**63 + 1) == (2**64 - 1) * (2**63 + 1) >> 64
 
 
 def test_sums_of_products_in_bf16_are_rounded_once():

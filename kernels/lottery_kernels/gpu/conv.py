@@ -20,17 +20,9 @@ from torch import Tensor
 
 from ..pattern import Grid, Pattern, alive_only
 from .geometry import Geometry, check_groups, pair
-from .launch import (
-    Index,
-    Lines,
-    check,
-    grouped_tile,
-    launch_product,
-    pixel_offsets,
-    row_offsets,
-    store_tile,
-)
+from .launch import Index, Lines, check, launch_product
 from .settings import Target, channels_last
+from .tiles import grouped_tile, pixel_offsets, row_offsets, store_tile
 
 
 @triton.jit
@@ -170,6 +162,8 @@ def conv2d_product_kernel(
     i_image1, y_h1, y_w1, x_h1, x_w1 = pixels(
         first, HM + o_m, M, i_phase, PH, PW, BM, STRIDE_H, STRIDE_W, PAD_H, PAD_W, EVEN_M, TRANSPOSED
     )
+    if EVEN_M and HM % (PH * PW) == 0:  # the same pixels of later images, said so that masks are computed once
+        y_h1, y_w1, x_h1, x_w1 = y_h, y_w, x_h, x_w
     first_image = (first // (PH * PW)).to(tl.int64)
     m_y = o_m < M - first
     m_y1 = HM + o_m < M - first
@@ -209,14 +203,17 @@ def conv2d_product_kernel(
     line = tl.load(line_ptr + begin)
     for i in range(first_step, last_step):
         inner = (i & (PER_BLOCK - 1)) * BK
-        tap = i_block // BLOCKS_K
-        outer = i_block % BLOCKS_K * BLOCK_K + inner
+        if BN < 64 or BM % PW == 0:  # without a sign divisions take fewer instructions; else ptxas would spill
+            i_block = i_block.to(tl.uint32)
+        tap_h = (i_block // (BLOCKS_K * KW)).to(tl.int32)
+        tap_w = (i_block // BLOCKS_K % KW).to(tl.int32)
+        outer = (i_block % BLOCKS_K).to(tl.int32) * BLOCK_K + inner
         if TRANSPOSED:
-            shift_h = -(tap // KW * DILATION_H // STRIDE_H)
-            shift_w = -(tap % KW * DILATION_W // STRIDE_W)
+            shift_h = -(tap_h * DILATION_H // STRIDE_H)
+            shift_w = -(tap_w * DILATION_W // STRIDE_W)
         else:
-            shift_h = tap // KW * DILATION_H
-            shift_w = tap % KW * DILATION_W
+            shift_h = tap_h * DILATION_H
+            shift_w = tap_w * DILATION_W
         p_x = x_ptr + (tl.cast(shift_h, tl.int64) * STRIDE_XH + (shift_w * STRIDE_XW + outer))
         p_b = values_ptr + (tl.cast(i_entry, tl.int64) * (BLOCK_K * BLOCK_N) + inner * STEP_K)
         m_k = (outer + o_k < K)[None, :] if TAIL_K else None

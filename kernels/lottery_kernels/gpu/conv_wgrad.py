@@ -1,7 +1,7 @@
 """The weight gradient of block-sparse 2-D convolutions on a GPU: kernel, then its launchers.
 
-A program sums one live block, a (tap, channel block) of a block row, over the pixels of dy, or over a part of them.
-Images are channels_last.
+A program sums a live block, a (tap, channel block) of a block row, or if they are narrow a few of one row, over the
+pixels of dy or over a part of them. Images are channels_last.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from ..pattern import Pattern
 from .geometry import Geometry, check_groups
-from .launch import Index, check, launch_wgrad, load_rows, pixel_offsets, row_offsets, store_block
+from .launch import Index, check, launch_wgrad
 from .settings import channels_last
+from .tiles import load_rows, of_one_row, pixel_offsets, row_offsets, store_block
 
 
 @triton.jit
 def load_pixels(
-    x_ptr,
+    p_c,
     m,
     o_m,
-    o_c,
     m_k,
     last,
     shift_h,
@@ -44,31 +44,115 @@ def load_pixels(
     HALF: tl.constexpr,
     HOISTED: tl.constexpr,
 ):
-    """x [HM, BC] where dy's pixels m + HALF + o_m look through a tap, zero outside of the image and from pixel `last`
-    on. HOISTED: m is the first of an image, so that the pixels look the same way every time; masks leave the loop."""
+    """x [HM, columns] where dy's pixels m + HALF + o_m look through each column's tap, shifted by shift_h and shift_w
+    [1, columns], zero outside of the image and from pixel `last` on. p_c [1, columns] is where pixel 0 looks. HOISTED:
+    m is the first of an image, so that the pixels look the same way every time; masks leave the loop."""
     HM: tl.constexpr = o_m.shape[0]
     PIXELS: tl.constexpr = YH * YW
     if HOISTED:
         begin_image = m // PIXELS
         o_pixel = HALF + o_m
-        begin_h = shift_h
+        begin_h = 0
     else:
         ALIGNED: tl.constexpr = HM % YW == 0 and (HM % PIXELS == 0 or PIXELS % HM == 0)  # whole rows or images
         begin_image = (m + HALF) // PIXELS
         o_pixel = o_m if ALIGNED else (m + HALF) % PIXELS + o_m
-        begin_h = ((m + HALF) % PIXELS // YW if ALIGNED else 0) * STRIDE_H + shift_h
+        begin_h = ((m + HALF) % PIXELS // YW if ALIGNED else 0) * STRIDE_H
     o_h = o_pixel % PIXELS // YW * STRIDE_H
     o_w = o_pixel % YW * STRIDE_W
     IMAGES: tl.constexpr = HM // PIXELS + 2
     o_x = pixel_offsets(o_pixel // PIXELS, o_h, o_w, IMAGES, XH, STRIDE_XN, STRIDE_XH, STRIDE_XW)
     begin_x = tl.cast(begin_image, tl.int64) * STRIDE_XN + tl.cast(begin_h, tl.int64) * STRIDE_XH
-    p_x = x_ptr + (begin_x + shift_w * STRIDE_XW) + (o_x[:, None] + o_c[None, :])
+    p_x = (p_c + begin_x) + o_x[:, None]
     if EVEN_M and INSIDE:
         return tl.load(p_x, mask=m_k if TAIL_K else None, other=0.0 if TAIL_K else None)
     else:  # a negative coordinate is a large unsigned one
-        m_x = ((o_h + begin_h).to(tl.uint32) < XH) & ((o_w + shift_w).to(tl.uint32) < XW)
-        m_x = m_x[:, None] if EVEN_M else (m_x & (m + HALF + o_m < last))[:, None]
+        x_h = o_h[:, None] + (begin_h + shift_h)
+        m_x = (x_h.to(tl.uint32) < XH) & ((o_w[:, None] + shift_w).to(tl.uint32) < XW)
+        m_x = m_x if EVEN_M else m_x & (m + HALF + o_m < last)[:, None]
         return tl.load(p_x, mask=m_x & m_k if TAIL_K else m_x, other=0.0)
+
+
+@triton.jit
+def sum_blocks(
+    dy_ptr,
+    x_ptr,
+    out_ptr,
+    row_ptr,
+    col_ptr,
+    alive_ptr,
+    nnz,
+    M,
+    part,
+    i_part,
+    i_entry,
+    first_r,
+    first_c,
+    image: tl.constexpr,  # YH, YW, XH, XW, strides of x, STRIDE_H and STRIDE_W of the convolution, INSIDE
+    tap: tl.constexpr,  # KW, padding and dilation
+    K: tl.constexpr,
+    N: tl.constexpr,
+    GROUPS: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    HALVES: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_ALIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """A tile [BR, BC] of each of BLOCKS blocks from i_entry on, which are of one block row: one product."""
+    YH: tl.constexpr = image[0]
+    YW: tl.constexpr = image[1]
+    KW: tl.constexpr = tap[0]
+    PAD_H: tl.constexpr = tap[1]
+    PAD_W: tl.constexpr = tap[2]
+    DILATION_H: tl.constexpr = tap[3]
+    DILATION_W: tl.constexpr = tap[4]
+    BLOCKS_N: tl.constexpr = (N + R - 1) // R
+    BLOCKS_K: tl.constexpr = (K + C - 1) // C
+    TAIL_N: tl.constexpr = N % R != 0
+    TAIL_K: tl.constexpr = K % C != 0
+    HM: tl.constexpr = BM // 2 if HALVES == "depth" else BM
+    HOISTED: tl.constexpr = BM % (YH * YW) == 0 and BR * BC * BLOCKS < 64 * 64  # else registers do not suffice
+    i_row = tl.load(row_ptr + i_entry)
+    i_group = i_row // BLOCKS_N
+    o_r = first_r + tl.arange(0, BR)
+    o_j = tl.arange(0, BLOCKS * BC) // BC  # which of the blocks
+    o_c = first_c + tl.arange(0, BLOCKS * BC) % BC
+    i_col = tl.load(col_ptr + i_entry) + tl.zeros((BLOCKS * BC,), dtype=tl.int32)
+    for j in tl.static_range(1, BLOCKS):
+        i_col = tl.where(o_j == j, tl.load(col_ptr + i_entry + j), i_col)
+    first_n = i_row % BLOCKS_N * R  # within the group
+    o_k = i_col % BLOCKS_K * C + o_c
+    m_n = (first_n + o_r < N)[:, None]
+    m_k = (o_k < K)[None, :]
+    shift_h = (i_col // BLOCKS_K // KW * DILATION_H - PAD_H)[None, :]
+    shift_w = (i_col // BLOCKS_K % KW * DILATION_W - PAD_W)[None, :]
+    p_c = x_ptr + i_group * K + (shift_h.to(tl.int64) * image[5] + (shift_w * image[6] + o_k[None, :]))
+    first = i_part * part
+    last = tl.minimum(first + part, M)
+    o_m = tl.arange(0, HM)
+    # dy is read as its transpose: a tile that is transposed after it was loaded would not be copied asynchronously.
+    dy_ptr += i_group * N + first_n
+    o_dy = row_offsets(o_m, GROUPS * N)[None, :] + o_r[:, None]
+    b_dw = tl.zeros((BR, BLOCKS * BC), dtype=tl.float32)
+    for m in range(first, last, BM):
+        m1 = m + HM
+        b_dy = load_rows(dy_ptr, m, GROUPS * N, o_dy, m_n, (m + o_m < last)[None, :], TAIL_N, EVEN_M)  # [BR, HM]
+        b_x = load_pixels(p_c, m, o_m, m_k, last, shift_h, shift_w, *image, EVEN_M, TAIL_K, 0, HOISTED)
+        if HALVES == "depth":
+            b_dy1 = load_rows(dy_ptr, m1, GROUPS * N, o_dy, m_n, (m1 + o_m < last)[None, :], TAIL_N, EVEN_M)
+            b_x1 = load_pixels(p_c, m, o_m, m_k, last, shift_h, shift_w, *image, EVEN_M, TAIL_K, HM, HOISTED)
+        b_dw = tl.dot(b_dy, b_x, b_dw, input_precision=PRECISION)
+        if HALVES == "depth":
+            b_dw = tl.dot(b_dy1, b_x1, b_dw, input_precision=PRECISION)
+    o_out = o_r[:, None] * C + (o_j * (R * C) + o_c)[None, :]
+    store_block(out_ptr, alive_ptr, b_dw, o_out, i_entry, i_part, nnz, R * C, SPLIT, HAS_ALIVE)
 
 
 @triton.jit(do_not_specialize=["nnz", "M", "part"])
@@ -105,6 +189,7 @@ def conv2d_wgrad_kernel(
     BM: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    BLOCKS: tl.constexpr,
     HALVES: tl.constexpr,
     EVEN_M: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -112,99 +197,35 @@ def conv2d_wgrad_kernel(
     PRECISION: tl.constexpr,
 ):
     """dvalues [nnz, R, C], the sum over dy's pixels at the live blocks; with SPLIT, [parts, nnz, R, C] of `part` pixels
-    each. dy is [n, YH, YW, GROUPS · N], contiguous, x is [n, XH, XW, GROUPS · K]."""
+    each. dy is [n, YH, YW, GROUPS · N], contiguous, x is [n, XH, XW, GROUPS · K].
+
+    A program computes a tile of BLOCKS blocks that follow each other, 1, 2 or 4: in one product where they are of one
+    block row, since they then share what is read of dy, else in pairs of one row and one by one."""
     TILES_C: tl.constexpr = C // BC
-    TILES: tl.constexpr = R // BR * TILES_C
-    BLOCKS_N: tl.constexpr = (N + R - 1) // R
-    BLOCKS_K: tl.constexpr = (K + C - 1) // C
-    TAIL_N: tl.constexpr = N % R != 0
-    TAIL_K: tl.constexpr = K % C != 0
-    HM: tl.constexpr = BM // 2 if HALVES == "depth" else BM
-    HOISTED: tl.constexpr = BM % (YH * YW) == 0 and BR * BC < 64 * 64  # larger blocks have no registers left for it
+    TILES: tl.constexpr = R // BR * TILES_C  # programs that share a block
+    HALF: tl.constexpr = BLOCKS // 2
+    MORE: tl.constexpr = max(BM, min(2 * BM, 256))  # pixels of a step where fewer blocks share it
     pid = tl.program_id(0)
-    i_part = pid // (nnz * TILES)
-    i_entry = pid % (nnz * TILES) // TILES
+    programs = tl.cdiv(nnz, BLOCKS) * TILES
+    begin = pid % programs // TILES * BLOCKS
+    end = tl.minimum(begin + BLOCKS, nnz)
     tile = pid % TILES
-    first_r = tile // TILES_C * BR
-    first_c = tile % TILES_C * BC
-    o_r = tl.arange(0, BR)
-    o_c = tl.arange(0, BC)
-    i_row = tl.load(row_ptr + i_entry)
-    i_col = tl.load(col_ptr + i_entry)
-    i_group = i_row // BLOCKS_N
-    first_n = i_row % BLOCKS_N * R + first_r  # within the group
-    first_k = i_col % BLOCKS_K * C + first_c
-    m_n = (first_n + o_r < N)[:, None]
-    m_k = (first_k + o_c < K)[None, :]
-    tap = i_col // BLOCKS_K
-    shift_h = tap // KW * DILATION_H - PAD_H
-    shift_w = tap % KW * DILATION_W - PAD_W
-    first = i_part * part
-    last = tl.minimum(first + part, M)
-    o_m = tl.arange(0, HM)
-    # dy is read as its transpose: a tile that is transposed after it was loaded would not be copied asynchronously.
-    dy_ptr += i_group * N + first_n
-    o_dy = row_offsets(o_m, GROUPS * N)[None, :] + o_r[:, None]
-    x_ptr += i_group * K + first_k
-    b_dw = tl.zeros((BR, BC), dtype=tl.float32)
-    for m in range(first, last, BM):
-        m1 = m + HM
-        b_dy = load_rows(dy_ptr, m, GROUPS * N, o_dy, m_n, (m + o_m < last)[None, :], TAIL_N, EVEN_M)  # [BR, HM]
-        b_x = load_pixels(
-            x_ptr,
-            m,
-            o_m,
-            o_c,
-            m_k,
-            last,
-            shift_h,
-            shift_w,
-            YH,
-            YW,
-            XH,
-            XW,
-            STRIDE_XN,
-            STRIDE_XH,
-            STRIDE_XW,
-            STRIDE_H,
-            STRIDE_W,
-            INSIDE,
-            EVEN_M,
-            TAIL_K,
-            0,
-            HOISTED,
-        )  # [HM, BC]
-        if HALVES == "depth":
-            b_dy1 = load_rows(dy_ptr, m1, GROUPS * N, o_dy, m_n, (m1 + o_m < last)[None, :], TAIL_N, EVEN_M)
-            b_x1 = load_pixels(
-                x_ptr,
-                m,
-                o_m,
-                o_c,
-                m_k,
-                last,
-                shift_h,
-                shift_w,
-                YH,
-                YW,
-                XH,
-                XW,
-                STRIDE_XN,
-                STRIDE_XH,
-                STRIDE_XW,
-                STRIDE_H,
-                STRIDE_W,
-                INSIDE,
-                EVEN_M,
-                TAIL_K,
-                HM,
-                HOISTED,
-            )
-        b_dw = tl.dot(b_dy, b_x, b_dw, input_precision=PRECISION)
-        if HALVES == "depth":
-            b_dw = tl.dot(b_dy1, b_x1, b_dw, input_precision=PRECISION)
-    o_out = (first_r + o_r)[:, None] * C + (first_c + o_c)[None, :]
-    store_block(out_ptr, alive_ptr, b_dw, o_out, i_entry, i_part, nnz, R * C, SPLIT, HAS_ALIVE)
+    tensors = (dy_ptr, x_ptr, out_ptr, row_ptr, col_ptr, alive_ptr, nnz, M, part, pid // programs)
+    first = (tile // TILES_C * BR, tile % TILES_C * BC)
+    image: tl.constexpr = (YH, YW, XH, XW, STRIDE_XN, STRIDE_XH, STRIDE_XW, STRIDE_H, STRIDE_W, INSIDE)
+    tap: tl.constexpr = (KW, PAD_H, PAD_W, DILATION_H, DILATION_W)
+    rest: tl.constexpr = (K, N, GROUPS, R, C, BR, BC, HALVES, EVEN_M, SPLIT, HAS_ALIVE, PRECISION)
+    if BLOCKS == 1:
+        sum_blocks(*tensors, begin, *first, image, tap, *rest, BM, 1)
+    elif of_one_row(row_ptr, begin, begin + BLOCKS - 1, nnz):
+        sum_blocks(*tensors, begin, *first, image, tap, *rest, BM, BLOCKS)
+    else:
+        for i in range(begin, end, HALF):
+            if of_one_row(row_ptr, i, i + HALF - 1, nnz) if HALF > 1 else False:
+                sum_blocks(*tensors, i, *first, image, tap, *rest, MORE, HALF)
+            else:
+                for j in range(i, tl.minimum(i + HALF, end)):
+                    sum_blocks(*tensors, j, *first, image, tap, *rest, MORE, 1)
 
 
 # Launchers
@@ -255,6 +276,8 @@ def block_gradient(
         dy.shape[0] * dy.shape[2] * dy.shape[3],
         "conv",
         target,
+        # Of other images each step has its own coordinates, for which several blocks leave no registers.
+        several=all(size in (1, 2, 4, 8, 16, 32) for size in dy.shape[2:]),
         INSIDE=not any(geometry.padding),
         **geometry.constants(dy, x, weight_shape, groups),
     )

@@ -1,4 +1,4 @@
-"""What the kernels and launchers of linear layers and convolutions share.
+"""What the launchers of linear layers and convolutions have in common.
 
 Forward and dgrad are a product of rows of activations with the live blocks of a line (a block row, for dgrad a block
 column); wgrad sums over those rows for each live block, in parts that a second kernel adds up where blocks are few.
@@ -22,6 +22,8 @@ from .settings import (
     Tile,
     halves,
     lines_together,
+    most_rows,
+    no_deeper_than,
     precision,
     product_tile,
     unsupported,
@@ -29,131 +31,6 @@ from .settings import (
     wgrad_tile,
 )
 from .tune import Sizes, best_tile
-
-
-@triton.jit
-def grouped_tile(pid, tiles, lines, GROUP: tl.constexpr):
-    """Program number -> (activation tile, line), `GROUP` tiles at a time with the line changing slowest."""
-    first = pid // (GROUP * lines) * GROUP
-    size = tl.minimum(tiles - first, GROUP)
-    within = pid % (GROUP * lines)
-    return first + within % size, within // size
-
-
-@triton.jit
-def row_offsets(o_m, STRIDE: tl.constexpr):
-    """o_m · STRIDE for rows o_m of a tile, in 32 bits where they hold it."""
-    return o_m * STRIDE if o_m.shape[0] * STRIDE < 2**30 else o_m.to(tl.int64) * STRIDE
-
-
-@triton.jit
-def pixel_offsets(
-    i_image,
-    h,
-    w,
-    IMAGES: tl.constexpr,
-    H: tl.constexpr,
-    STRIDE_N: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-):
-    """Where pixels (h, w) of a few neighbouring images with H rows lie, in 32 bits where they hold it."""
-    if IMAGES * STRIDE_N + H * STRIDE_H < 2**30:
-        return i_image * STRIDE_N + (h * STRIDE_H + w * STRIDE_W)
-    else:
-        return i_image.to(tl.int64) * STRIDE_N + (h.to(tl.int64) * STRIDE_H + w * STRIDE_W)
-
-
-@triton.jit
-def load_rows(ptr, m, STRIDE: tl.constexpr, o, m_features, m_rows, TAIL: tl.constexpr, EVEN_M: tl.constexpr):
-    """A tile of rows from m on, zero where masked; TAIL: features are; EVEN_M: rows are not."""
-    # The row is added to the pointer, not the pointer moved on from step to step: that would take two additions each.
-    p = ptr + tl.cast(m, tl.int64) * STRIDE + o
-    if EVEN_M:
-        return tl.load(p, mask=m_features if TAIL else None, other=0.0 if TAIL else None)
-    else:
-        return tl.load(p, mask=m_features & m_rows if TAIL else m_rows, other=0.0)
-
-
-@triton.jit
-def store_tile(
-    y_ptr,
-    bias_ptr,
-    b_y,
-    b_y1,
-    n,
-    columns,
-    o_n,
-    rows,
-    EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr,
-    HALVES: tl.constexpr,
-):
-    """Writes b_y [BM, BN] + bias, and with HALVES of rows the other half b_y1, from column n on, of which `columns` are
-    left. `rows` are where rows lie in y and which exist, of b_y and of b_y1; with EVEN_M and EVEN_N all exist."""
-    store_rows(y_ptr, bias_ptr, b_y, n, columns, o_n, rows[0], rows[1], EVEN_M, EVEN_N, HAS_BIAS, RELU)
-    if HALVES == "rows":
-        store_rows(y_ptr, bias_ptr, b_y1, n, columns, o_n, rows[2], rows[3], EVEN_M, EVEN_N, HAS_BIAS, RELU)
-
-
-@triton.jit
-def store_rows(
-    y_ptr,
-    bias_ptr,
-    b_y,
-    n,
-    columns,
-    o_n,
-    o_m,
-    m_m,
-    EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr,
-):
-    """One half of `store_tile`, or all of it."""
-    m_n = o_n < columns
-    if HAS_BIAS:
-        p_bias = bias_ptr + n + o_n
-        b_bias = tl.load(p_bias) if EVEN_N else tl.load(p_bias, mask=m_n, other=0.0)
-        b_y += b_bias.to(tl.float32)[None, :]
-    if RELU:
-        b_y = tl.maximum(b_y, 0.0)
-    b_y = b_y.to(y_ptr.dtype.element_ty)
-    p_y = (y_ptr + n) + (o_m[:, None] + o_n[None, :])
-    if EVEN_M and EVEN_N:
-        tl.store(p_y, b_y)
-    elif EVEN_M:
-        tl.store(p_y, b_y, mask=m_n[None, :])
-    elif EVEN_N:
-        tl.store(p_y, b_y, mask=m_m[:, None])
-    else:
-        tl.store(p_y, b_y, mask=m_m[:, None] & m_n[None, :])
-
-
-@triton.jit
-def store_block(
-    out_ptr,
-    alive_ptr,
-    b_dw,
-    o_out,
-    i_entry,
-    i_part,
-    nnz,
-    SIZE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    HAS_ALIVE: tl.constexpr,
-):
-    """A tile of wgrad at o_out of block i_entry, zero where not alive; with SPLIT into part i_part of the sums."""
-    first = tl.cast(i_entry, tl.int64) * SIZE
-    if SPLIT:
-        tl.store(out_ptr + (tl.cast(i_part, tl.int64) * nnz * SIZE + first) + o_out, b_dw)
-    else:
-        if HAS_ALIVE:
-            b_dw = tl.where(tl.load(alive_ptr + first + o_out) != 0, b_dw, 0.0)
-        tl.store(out_ptr + first + o_out, b_dw.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -292,15 +169,20 @@ def launch_product(
     r, c = values.shape[1:]
     depth, cols, step_k, step_n = (c, r, 1, c) if lines.entry is None else (r, c, c, 1)
     mode = precision(x.dtype, operator, target)
-    table = product_tile(rows, cols, depth, x.dtype, mode, target, operator == "conv")
     count, transposed = (lines.begin.shape[0] - 1) // phases, lines.entry is not None
+    table = product_tile(rows, cols, depth, x.dtype, mode, target, operator == "conv")
     packed, added = values.contiguous(), None if bias is None else bias.contiguous()
 
-    def run(tile: Tile) -> None:
-        tiles, per_line = triton.cdiv(rows, tile.rows), cols // tile.cols
+    def lines_of_program(tile: Tile) -> int:
         # With coordinates of pixels too, a thread has no registers left to write a wide tile inside the loop.
-        alone = groups > 1 or (operator == "conv" and tile.cols >= 64)
-        together = 1 if alone else lines_together(phases * tiles * count * per_line, target)
+        if groups > 1 or (operator == "conv" and tile.cols >= 64):
+            return 1
+        return lines_together(phases * triton.cdiv(rows, tile.rows) * count * (cols // tile.cols), target)
+
+    def run(tile: Tile) -> None:
+        tiles, per_line, together = triton.cdiv(rows, tile.rows), cols // tile.cols, lines_of_program(tile)
+        cut = (tile.depth, min(tile.rows, tile.cols), tile.rows, tile.warps)
+        pairs = operator == "matmul" and steps * together >= 24  # fewer, and what a longer turn copies in vain is more
         launch(
             kernel,
             phases * tiles * triton.cdiv(count, together) * per_line,
@@ -315,7 +197,7 @@ def launch_product(
             BK=tile.depth,
             GROUP=tile.group,
             LINES=together,
-            HALVES=halves(tile.depth, min(tile.rows, tile.cols), tile.rows, tile.warps, x.dtype, mode, target),
+            HALVES=halves(*cut, x.dtype, mode, target, pairs),
             EVEN_M=rows % tile.rows == 0,
             TRANSPOSED=transposed,
             HAS_BIAS=bias is not None,
@@ -323,6 +205,8 @@ def launch_product(
             **constants,
         )
 
+    steps = values.shape[0] * (depth // table.depth) / max(1, phases * count)  # of a line, on average
+    table = no_deeper_than(table, steps * lines_of_program(table))
     traits, sizes = (x.dtype, mode, transposed, phases), Sizes(rows, count, values.shape[0])
     run(best_tile(kernel, table, (cols, depth), traits, sizes, target, run))
 
@@ -336,15 +220,19 @@ def launch_wgrad(
     rows: int,
     operator: str,
     target: Target,
+    several: bool = True,
     **constants: Any,
 ) -> None:
-    """dvalues `[nnz, r, c]`: the sum over `rows` rows of activations at the live blocks. Otherwise as for a product."""
+    """dvalues `[nnz, r, c]`: the sum over `rows` rows of activations at the live blocks. Otherwise as for a product.
+
+    Args:
+        several: whether a program may sum several blocks of a block row.
+    """
     nnz, r, c = dvalues.shape
     mode = precision(x.dtype, operator, target)
 
     def run(tile: Tile) -> None:
-        programs = nnz * (r // tile.cols) * (c // tile.depth)
-        part, parts = wgrad_split(programs, rows, tile.rows, target)
+        blocks, programs, part, parts = wgrad_split(nnz, (r, c), rows, tile, target)
         sums = dvalues if parts == 1 else torch.empty(parts, nnz, r, c, dtype=torch.float32, device=x.device)
         launch(
             kernel,
@@ -355,9 +243,10 @@ def launch_wgrad(
             C=c,
             BM=tile.rows,
             BR=tile.cols,
-            BC=tile.depth,
+            BC=tile.depth // blocks,
             HALVES=halves(tile.rows, min(tile.cols, tile.depth), 0, tile.warps, x.dtype, mode, target),
-            EVEN_M=rows % tile.rows == 0,
+            BLOCKS=blocks,
+            EVEN_M=rows % most_rows(tile, blocks) == 0,
             SPLIT=parts > 1,
             HAS_ALIVE=index.alive is not None,
             PRECISION=mode,
@@ -368,7 +257,8 @@ def launch_wgrad(
             options = {"PARTS": parts, "HAS_ALIVE": index.alive is not None, "EVEN": size % 1024 == 0, "BLOCK": 1024}
             launch(add_parts_kernel, triton.cdiv(size, 1024), (sums, dvalues, index.alive_bytes, size), None, **options)
 
-    table = wgrad_tile(rows, (r, c), x.dtype, mode, target)
+    per_row = nnz / max(1, index.row_ptr.shape[0] - 1) if several else 0
+    table = wgrad_tile(rows, (r, c), x.dtype, mode, target, per_row)
     traits = (x.dtype, mode, index.alive is not None)
     run(best_tile(kernel, table, (r, c), traits, Sizes(rows, 1, nnz), target, run, fixed=("group",)))
 

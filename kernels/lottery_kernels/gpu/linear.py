@@ -8,25 +8,23 @@ they are few the batch is cut into parts, whose partial sums a second kernel add
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..pattern import Pattern, alive_only
-from .launch import (
-    Index,
-    Lines,
-    check,
-    grouped_tile,
-    launch_product,
-    launch_wgrad,
-    load_rows,
-    row_offsets,
-    store_block,
-    store_tile,
-)
+from .launch import Index, Lines, check, launch_product, launch_wgrad
 from .settings import Target, row_major
+from .tiles import grouped_tile, load_rows, of_one_row, row_offsets, store_block, store_tile
+
+
+@triton.jit
+def end_of_line(begin_ptr, line, last_step, PER_BLOCK: tl.constexpr):
+    """The step behind a line, 0 if it is `last_step`: the last line is written behind the loop."""
+    end = tl.load(begin_ptr + line + 1) * PER_BLOCK
+    return tl.where(end == last_step, 0, end)
 
 
 @triton.jit(do_not_specialize=["tiles", "lines", "M"], do_not_specialize_on_alignment=["order_ptr"])
@@ -67,13 +65,14 @@ def linear_product_kernel(
     strides STEP_K and STEP_N; `line_ptr[i]` is n. Rows of x are STRIDE_X apart, y is contiguous.
 
     A program walks the entries of LINES lines in one loop; HALVES is explained in `settings.halves`."""
-    PER_BLOCK: tl.constexpr = BLOCK_K // BK  # steps of the loop that a block takes
+    PER_BLOCK: tl.constexpr = BLOCK_K // BK  # steps that a block takes
     PER_LINE: tl.constexpr = BLOCK_N // BN
     EVEN_N: tl.constexpr = N % BLOCK_N == 0
     TAIL_K: tl.constexpr = K % BLOCK_K != 0
     OTHER: tl.constexpr = 0.0 if TAIL_K else None
     HM: tl.constexpr = BM // 2 if HALVES == "rows" else BM
     HK: tl.constexpr = BK // 2 if HALVES == "depth" else BK
+    STEPS: tl.constexpr = 2 if HALVES == "steps" else 1  # of a turn of the loop
     i_m, i_n = grouped_tile(tl.program_id(0), tiles, tl.cdiv(lines, LINES) * PER_LINE, GROUP)
     first_line = tl.load(order_ptr + i_n // PER_LINE) * LINES
     last_line = tl.minimum(first_line + LINES, lines)
@@ -104,11 +103,18 @@ def linear_product_kernel(
     o_b = o_k[:, None] * STEP_K + o_n[None, :] * STEP_N
     first_step = begin * PER_BLOCK
     last_step = end * PER_BLOCK
-    tl.assume(first_step < last_step)
+    last_turn = last_step - (last_step - first_step) % STEPS
+    if STEPS == 1:
+        tl.assume(first_step < last_step)
+    line = tl.load(line_ptr + begin)
+    line_end = end_of_line(begin_ptr, line, last_step, PER_BLOCK)
     i_block = tl.load(block_ptr + begin)
     i_entry = tl.load(entry_ptr + begin) if TRANSPOSED else begin
-    line = tl.load(line_ptr + begin)
-    for i in range(first_step, last_step):
+    if STEPS == 2:
+        second = tl.minimum(first_step + 1, last_step - 1) // PER_BLOCK
+        i_block1 = tl.load(block_ptr + second)
+        i_entry1 = tl.load(entry_ptr + second) if TRANSPOSED else second
+    for i in range(first_step, last_turn, STEPS):
         inner = (i & (PER_BLOCK - 1)) * BK
         outer = i_block * BLOCK_K + inner
         p_x = x_ptr + outer
@@ -122,24 +128,119 @@ def linear_product_kernel(
             b_b1 = tl.load(p_b + HK * STEP_K + o_b)
         if HALVES == "rows":
             b_x1 = tl.load(p_x + o_x1, mask=m_x, other=OTHER)
-        following = tl.minimum(i + 1, last_step - 1) // PER_BLOCK
-        i_block = tl.load(block_ptr + following)
-        i_entry = tl.load(entry_ptr + following) if TRANSPOSED else following
+        if HALVES == "steps":
+            inner1 = ((i + 1) & (PER_BLOCK - 1)) * BK
+            outer1 = i_block1 * BLOCK_K + inner1
+            m_x1 = (outer1 + o_k < K)[None, :] if TAIL_K else None
+            b_x1 = tl.load(x_ptr + outer1 + o_x, mask=m_x1, other=OTHER)
+            p_b1 = values_ptr + (tl.cast(i_entry1, tl.int64) * (BLOCK_K * BLOCK_N) + inner1 * STEP_K)
+            b_b1 = tl.load(p_b1 + o_b)
+        following = tl.minimum(i + STEPS, last_turn - STEPS)
+        i_block = tl.load(block_ptr + following // PER_BLOCK)
+        i_entry = tl.load(entry_ptr + following // PER_BLOCK) if TRANSPOSED else following // PER_BLOCK
+        if HALVES == "steps":
+            following1 = (following + 1) // PER_BLOCK
+            i_block1 = tl.load(block_ptr + following1)
+            i_entry1 = tl.load(entry_ptr + following1) if TRANSPOSED else following1
         b_y = tl.dot(b_x, b_b, b_y, input_precision=PRECISION)
         if HALVES == "depth":
             b_y = tl.dot(b_x1, b_b1, b_y, input_precision=PRECISION)
         if HALVES == "rows":
             b_y1 = tl.dot(b_x1, b_b, b_y1, input_precision=PRECISION)
-        if LINES > 1:  # stands last in the loop: in front of the product Triton's pipeliner takes the line too early
-            i_line = tl.load(line_ptr + following)
-            if i_line != line:
+        if HALVES == "steps":
+            if LINES > 1:  # noqa: SIM102
+                if i + 1 == line_end:
+                    n = line * BLOCK_N + first_n
+                    store_tile(y_ptr, bias_ptr, b_y, b_y1, n, N - n, o_n, at, EVEN_M, EVEN_N, HAS_BIAS, RELU, HALVES)
+                    b_y = tl.zeros((HM, BN), dtype=tl.float32)
+                    line = tl.load(line_ptr + (i + 1) // PER_BLOCK)
+                    line_end = end_of_line(begin_ptr, line, last_step, PER_BLOCK)
+            b_y = tl.dot(b_x1, b_b1, b_y, input_precision=PRECISION)
+        if LINES > 1:  # noqa: SIM102
+            if i + STEPS == line_end:
                 n = line * BLOCK_N + first_n
                 store_tile(y_ptr, bias_ptr, b_y, b_y1, n, N - n, o_n, at, EVEN_M, EVEN_N, HAS_BIAS, RELU, HALVES)
                 b_y = tl.zeros((HM, BN), dtype=tl.float32)
                 b_y1 = b_y
-                line = i_line
+                line = tl.load(line_ptr + (i + STEPS) // PER_BLOCK)
+                line_end = end_of_line(begin_ptr, line, last_step, PER_BLOCK)
+    if last_turn < last_step:  # a last step alone
+        entry = last_turn // PER_BLOCK
+        outer = tl.load(block_ptr + entry) * BLOCK_K
+        i_entry = tl.load(entry_ptr + entry) if TRANSPOSED else entry
+        b_x = tl.load(x_ptr + outer + o_x, mask=(outer + o_k < K)[None, :] if TAIL_K else None, other=OTHER)
+        b_b = tl.load(values_ptr + tl.cast(i_entry, tl.int64) * (BLOCK_K * BLOCK_N) + o_b)
+        b_y = tl.dot(b_x, b_b, b_y, input_precision=PRECISION)
     n = line * BLOCK_N + first_n
     store_tile(y_ptr, bias_ptr, b_y, b_y1, n, N - n, o_n, at, EVEN_M, EVEN_N, HAS_BIAS, RELU, HALVES)
+
+
+@triton.jit
+def sum_blocks(
+    dy_ptr,
+    x_ptr,
+    out_ptr,
+    row_ptr,
+    col_ptr,
+    alive_ptr,
+    nnz,
+    M,
+    part,
+    i_part,
+    i_entry,
+    first_r,
+    first_c,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE_DY: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    BM: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    HALVES: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_ALIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile [BR, BC] of each of BLOCKS blocks from i_entry on, which are of one block row: one product."""
+    TAIL_N: tl.constexpr = N % R != 0
+    TAIL_K: tl.constexpr = K % C != 0
+    HM: tl.constexpr = BM // 2 if HALVES == "depth" else BM
+    o_r = first_r + tl.arange(0, BR)
+    o_j = tl.arange(0, BLOCKS * BC) // BC  # which of the blocks
+    o_c = first_c + tl.arange(0, BLOCKS * BC) % BC
+    i_col = tl.load(col_ptr + i_entry)
+    for j in tl.static_range(1, BLOCKS):
+        i_col = tl.where(o_j == j, tl.load(col_ptr + i_entry + j), i_col)
+    first_n = tl.load(row_ptr + i_entry) * R
+    m_n = (first_n + o_r < N)[:, None]
+    m_k = (i_col * C + o_c < K)[None, :]
+    o_m = tl.arange(0, HM)
+    first = i_part * part
+    last = tl.minimum(first + part, M)
+    # dy is read as its transpose: a tile that is transposed after it was loaded would not be copied asynchronously.
+    dy_ptr += first_n
+    o_dy = row_offsets(o_m, STRIDE_DY)[None, :] + o_r[:, None]
+    p_x = (x_ptr + i_col * C + o_c)[None, :]
+    o_x = row_offsets(o_m, STRIDE_X)[:, None]
+    b_dw = tl.zeros((BR, BLOCKS * BC), dtype=tl.float32)
+    for m in range(first, last, BM):
+        m_m = m + o_m < last
+        b_dy = load_rows(dy_ptr, m, STRIDE_DY, o_dy, m_n, m_m[None, :], TAIL_N, EVEN_M)  # [BR, HM]
+        b_x = load_rows(p_x, m, STRIDE_X, o_x, m_k, m_m[:, None], TAIL_K, EVEN_M)  # [HM, BLOCKS · BC]
+        if HALVES == "depth":
+            m_m1 = m + HM + o_m < last
+            b_dy1 = load_rows(dy_ptr, m + HM, STRIDE_DY, o_dy, m_n, m_m1[None, :], TAIL_N, EVEN_M)
+            b_x1 = load_rows(p_x, m + HM, STRIDE_X, o_x, m_k, m_m1[:, None], TAIL_K, EVEN_M)
+        b_dw = tl.dot(b_dy, b_x, b_dw, input_precision=PRECISION)
+        if HALVES == "depth":
+            b_dw = tl.dot(b_dy1, b_x1, b_dw, input_precision=PRECISION)
+    o_out = o_r[:, None] * C + (o_j * (R * C) + o_c)[None, :]
+    store_block(out_ptr, alive_ptr, b_dw, o_out, i_entry, i_part, nnz, R * C, SPLIT, HAS_ALIVE)
 
 
 @triton.jit(do_not_specialize=["nnz", "M", "part"])
@@ -162,52 +263,40 @@ def linear_wgrad_kernel(
     BM: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    BLOCKS: tl.constexpr,
     HALVES: tl.constexpr,
     EVEN_M: tl.constexpr,
     SPLIT: tl.constexpr,
     HAS_ALIVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dvalues [nnz, R, C] = dyᵀ x at the live blocks; with SPLIT, partial sums [parts, nnz, R, C] of `part` rows."""
+    """dvalues [nnz, R, C] = dyᵀ x at the live blocks; with SPLIT, partial sums [parts, nnz, R, C] of `part` rows.
+
+    A program computes a tile of BLOCKS blocks that follow each other, 1, 2 or 4: in one product where they are of one
+    block row, since they then share what is read of dy, else in pairs of one row and one by one."""
     TILES_C: tl.constexpr = C // BC
     TILES: tl.constexpr = R // BR * TILES_C  # programs that share a block
-    TAIL_N: tl.constexpr = N % R != 0
-    TAIL_K: tl.constexpr = K % C != 0
-    HM: tl.constexpr = BM // 2 if HALVES == "depth" else BM
+    HALF: tl.constexpr = BLOCKS // 2
     pid = tl.program_id(0)
-    i_part = pid // (nnz * TILES)
-    i_entry = pid % (nnz * TILES) // TILES
+    programs = tl.cdiv(nnz, BLOCKS) * TILES
+    begin = pid % programs // TILES * BLOCKS
+    end = tl.minimum(begin + BLOCKS, nnz)
     tile = pid % TILES
-    first_r = tile // TILES_C * BR
-    first_c = tile % TILES_C * BC
-    o_r = tl.arange(0, BR)
-    o_c = tl.arange(0, BC)
-    first_n = tl.load(row_ptr + i_entry) * R + first_r
-    first_k = tl.load(col_ptr + i_entry) * C + first_c
-    m_n = (first_n + o_r < N)[:, None]
-    m_k = (first_k + o_c < K)[None, :]
-    o_m = tl.arange(0, HM)
-    first = i_part * part
-    last = tl.minimum(first + part, M)
-    # dy is read as its transpose: a tile that is transposed after it was loaded would not be copied asynchronously.
-    dy_ptr += first_n
-    o_dy = row_offsets(o_m, STRIDE_DY)[None, :] + o_r[:, None]
-    x_ptr += first_k
-    o_x = row_offsets(o_m, STRIDE_X)[:, None] + o_c[None, :]
-    b_dw = tl.zeros((BR, BC), dtype=tl.float32)
-    for m in range(first, last, BM):
-        m_m = m + o_m < last
-        b_dy = load_rows(dy_ptr, m, STRIDE_DY, o_dy, m_n, m_m[None, :], TAIL_N, EVEN_M)  # [BR, HM]
-        b_x = load_rows(x_ptr, m, STRIDE_X, o_x, m_k, m_m[:, None], TAIL_K, EVEN_M)  # [HM, BC]
-        if HALVES == "depth":
-            m_m1 = m + HM + o_m < last
-            b_dy1 = load_rows(dy_ptr, m + HM, STRIDE_DY, o_dy, m_n, m_m1[None, :], TAIL_N, EVEN_M)
-            b_x1 = load_rows(x_ptr, m + HM, STRIDE_X, o_x, m_k, m_m1[:, None], TAIL_K, EVEN_M)
-        b_dw = tl.dot(b_dy, b_x, b_dw, input_precision=PRECISION)
-        if HALVES == "depth":
-            b_dw = tl.dot(b_dy1, b_x1, b_dw, input_precision=PRECISION)
-    o_out = (first_r + o_r)[:, None] * C + (first_c + o_c)[None, :]
-    store_block(out_ptr, alive_ptr, b_dw, o_out, i_entry, i_part, nnz, R * C, SPLIT, HAS_ALIVE)
+    tensors = (dy_ptr, x_ptr, out_ptr, row_ptr, col_ptr, alive_ptr, nnz, M, part, pid // programs)
+    first = (tile // TILES_C * BR, tile % TILES_C * BC)
+    sizes: tl.constexpr = (N, K, STRIDE_DY, STRIDE_X, R, C, BR, BC)
+    flags: tl.constexpr = (HALVES, EVEN_M, SPLIT, HAS_ALIVE, PRECISION)
+    if BLOCKS == 1:
+        sum_blocks(*tensors, begin, *first, *sizes, BM, 1, *flags)
+    elif of_one_row(row_ptr, begin, begin + BLOCKS - 1, nnz):
+        sum_blocks(*tensors, begin, *first, *sizes, BM, BLOCKS, *flags)
+    else:  # fewer blocks, and more rows of each in a step
+        for i in range(begin, end, HALF):
+            if of_one_row(row_ptr, i, i + HALF - 1, nnz) if HALF > 1 else False:
+                sum_blocks(*tensors, i, *first, *sizes, 2 * BM, HALF, *flags)
+            else:
+                for j in range(i, tl.minimum(i + HALF, end)):
+                    sum_blocks(*tensors, j, *first, *sizes, 2 * BM, 1, *flags)
 
 
 # Launchers
@@ -276,6 +365,6 @@ def block_gradient(
     if arrays.nnz == 0:
         return dvalues
     dy, x = row_major(dy), row_major(x)
-    constants = {"N": out, "K": width, "STRIDE_DY": dy.stride(0), "STRIDE_X": x.stride(0)}
+    constants: dict[str, Any] = {"N": out, "K": width, "STRIDE_DY": dy.stride(0), "STRIDE_X": x.stride(0)}
     launch_wgrad(linear_wgrad_kernel, dy, x, dvalues, arrays, x.shape[0], "matmul", target, **constants)
     return dvalues

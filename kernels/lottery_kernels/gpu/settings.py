@@ -6,7 +6,8 @@ supported and keep what was found (registers, spills, shared memory, instruction
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -102,7 +103,8 @@ def product_tile(
         if dtype.itemsize == 2:  # the more sums a thread has, the fewer instructions an operation takes
             few = wide <= 32 or tall * wide <= 64 * 64
             sums = 128 if _prefetches(target) or wide < (64 if images else 128) else 64  # with 128 ptxas spills
-            warps = max(2 if few else 4, tall * wide // (32 * sums))
+            least = 4 if not few else 2 if images else 1
+            warps = max(least, tall * wide // (32 * sums))
             warps = max(warps, 4) if tall * step > 128 * 64 else warps
             warps = 8 if images and tall * wide > 128 * 64 and wide == 128 else warps  # with 4 ptxas spills
         elif step == 16 and wide == 64:
@@ -113,35 +115,55 @@ def product_tile(
     return Tile(tall, wide, step, warps, 2 if target.backend == "hip" else stages)
 
 
-def wgrad_tile(size: int, block: tuple[int, int], dtype: torch.dtype, precision: str, target: Target) -> Tile:
-    """wgrad of `size` activations: a program sums one block, or a part of it."""
+def wgrad_tile(
+    size: int, block: tuple[int, int], dtype: torch.dtype, precision: str, target: Target, per_row: float = 0
+) -> Tile:
+    """wgrad of `size` activations: a program sums one block or a part of it, or if it may take several of a block row,
+    which has `per_row` live ones on average, `depth` columns of them together. `per_row` 0: it may not."""
     if dtype == torch.float32 and precision == "ieee":
         return Tile(32, min(block[0], 64), min(block[1], 64), 4, 2 if target.backend == "hip" else 3)
     high, wide = block
+    narrow, least = 64, 32  # rows and columns together
+    if per_row > 1 and size >= 1024 and dtype.itemsize == 2 and high <= 32:  # in long rows few programs meet an end
+        wide = max(wide, 64 if wide == 32 or (high == 16 and per_row >= 6) else 32)
+        narrow, least = 96, 48
     area = high * wide
     if _multiplies_by_warp(target) and dtype.itemsize == 2:
         warps = max(1, min(4, area // (32 * 128)))
     else:  # from 64 rows on four warps can multiply together
         warps = 8 if area > 64 * 128 else 4 if area >= 64 * 64 or high >= 64 else 2 if area >= 32 * 32 else 1
-    rows = (32 if dtype == torch.float32 else 64) * (4 if high + wide <= 32 else 2 if high + wide <= 64 else 1)
+    rows = (32 if dtype == torch.float32 else 64) * (4 if high + wide <= least else 2 if high + wide <= narrow else 1)
     rows = min(rows, max(32, _power_of_two(size)))
-    return Tile(rows, high, wide, warps, 2 if target.backend == "hip" else 3)
+    return no_deeper_than(Tile(rows, high, wide, warps, 2 if target.backend == "hip" else 3), size / rows)
 
 
-def halves(inner: int, narrow: int, rows: int, warps: int, dtype: torch.dtype, precision: str, target: Target) -> str:
-    """Along what the product of a step is cut in two: "depth", "rows", or "" for not at all.
+def halves(
+    inner: int,
+    narrow: int,
+    rows: int,
+    warps: int,
+    dtype: torch.dtype,
+    precision: str,
+    target: Target,
+    pairs: bool = False,
+) -> str:
+    """How a turn of the loop gets two products: of halves of a step's "depth" or "rows", or of two "steps"; "" if one.
 
     For GPUs of capability 8 Triton loads the first slice of a step's operands into registers a step ahead ("prefetch"),
     as long as there is one product in the loop. That takes those registers twice, and in blocks of 16, where the first
-    slice is all there is, most instructions only move them. Two products a step are left as they are.
+    slice is all there is, most instructions only move them. Two products are left as they are. Where steps are short,
+    two in a turn share what is done once in it.
 
     Args:
         inner: what the step sums over, `narrow` the smaller side of its two tiles: half of that tile must leave a copy
             of 16 bytes for each thread of `warps`, or the depth is not cut.
         rows: of the result that can be cut instead.
+        pairs: whether two steps may make a turn.
     """
     if not _prefetches(target) or (dtype == torch.float32 and precision == "ieee"):
         return ""
+    if pairs and dtype.itemsize == 2 and inner <= 32 and narrow <= 64:  # with 128 ptxas spills
+        return "steps"
     if inner // 2 * dtype.itemsize >= 32 and inner // 2 * narrow * dtype.itemsize >= 16 * 32 * warps:
         return "depth"
     return "rows" if rows >= 32 else ""
@@ -162,6 +184,11 @@ def lines_together(programs: int, target: Target) -> int:
     return together
 
 
+def no_deeper_than(tile: Tile, steps: float) -> Tile:
+    """`tile` with a pipeline for programs of `steps` on average: what is loaded ahead of the last is in vain."""
+    return replace(tile, stages=min(tile.stages, max(2, 1 + math.ceil(steps))))
+
+
 def _prefetches(target: Target) -> bool:
     return target.backend == "cuda" and int(target.arch) // 10 == 8
 
@@ -171,16 +198,24 @@ def _multiplies_by_warp(target: Target) -> bool:
     return target.backend == "cuda" and int(target.arch) // 10 not in (9, 10)
 
 
-def wgrad_split(programs: int, size: int, step: int, target: Target) -> tuple[int, int]:
-    """Cuts the sum over `size` rows, `step` at a time, so that few live blocks still fill the chip.
+def most_rows(tile: Tile, blocks: int) -> int:
+    """Rows of wgrad's largest step, where a program of several blocks has to sum fewer at a time."""
+    return max(tile.rows, min(2 * tile.rows, 256)) if blocks > 1 else tile.rows
 
-    `programs` would run without a cut. Returns (rows of a part, parts); a part has at least 512 rows, so that what a
-    program does once stays small.
+
+def wgrad_split(nnz: int, block: tuple[int, int], size: int, tile: Tile, target: Target) -> tuple[int, int, int, int]:
+    """How wgrad is shared out: (blocks of a program, programs, rows of a part, parts).
+
+    `programs` work on each of the `parts` that the sum over `size` rows is cut into, so that few live blocks still fill
+    the chip; a part has at least 512 rows, so that what a program does once stays small. Programs of several blocks do
+    more: half as many suffice, and their parts have at least 1024 rows.
     """
-    steps = -(-size // step)
-    parts = max(1, min(4 * target.processors // programs, size // 512))
-    part = -(-steps // parts) * step
-    return part, max(1, -(-size // part) if part else 1)
+    blocks = max(1, tile.depth // block[1])
+    programs = -(-nnz // blocks) * (block[0] // tile.cols) * (block[1] * blocks // tile.depth)
+    step, more = most_rows(tile, blocks), min(blocks, 2)
+    parts = max(1, min(4 // more * target.processors // programs, size // (512 * more)))
+    part = -(-size // (step * parts)) * step
+    return blocks, programs, part, max(1, -(-size // part) if part else 1)
 
 
 def _power_of_two(size: int) -> int:

@@ -1,0 +1,138 @@
+"""What the kernels of linear layers and convolutions have in common: which tile a program computes, where it lies, how
+it is read and written."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def grouped_tile(pid, tiles, lines, GROUP: tl.constexpr):
+    """Program number -> (activation tile, line), `GROUP` tiles at a time with the line changing slowest."""
+    first = pid // (GROUP * lines) * GROUP
+    size = tl.minimum(tiles - first, GROUP)
+    within = pid % (GROUP * lines)
+    return first + within % size, within // size
+
+
+@triton.jit
+def row_offsets(o_m, STRIDE: tl.constexpr):
+    """o_m · STRIDE for rows o_m of a tile, in 32 bits where they hold it."""
+    return o_m * STRIDE if o_m.shape[0] * STRIDE < 2**30 else o_m.to(tl.int64) * STRIDE
+
+
+@triton.jit
+def pixel_offsets(
+    i_image,
+    h,
+    w,
+    IMAGES: tl.constexpr,
+    H: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+):
+    """Where pixels (h, w) of a few neighbouring images with H rows lie, in 32 bits where they hold it."""
+    if IMAGES * STRIDE_N + H * STRIDE_H < 2**30:
+        return i_image * STRIDE_N + (h * STRIDE_H + w * STRIDE_W)
+    else:
+        return i_image.to(tl.int64) * STRIDE_N + (h.to(tl.int64) * STRIDE_H + w * STRIDE_W)
+
+
+@triton.jit
+def load_rows(ptr, m, STRIDE: tl.constexpr, o, m_features, m_rows, TAIL: tl.constexpr, EVEN_M: tl.constexpr):
+    """A tile of rows from m on, zero where masked; TAIL: features are; EVEN_M: rows are not."""
+    # The row is added to the pointer, not the pointer moved on from step to step: that would take two additions each.
+    p = ptr + tl.cast(m, tl.int64) * STRIDE + o
+    if EVEN_M:
+        return tl.load(p, mask=m_features if TAIL else None, other=0.0 if TAIL else None)
+    else:
+        return tl.load(p, mask=m_features & m_rows if TAIL else m_rows, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    y_ptr,
+    bias_ptr,
+    b_y,
+    b_y1,
+    n,
+    columns,
+    o_n,
+    rows,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """Writes b_y [BM, BN] + bias, and with HALVES of rows the other half b_y1, from column n on, of which `columns` are
+    left. `rows` are where rows lie in y and which exist, of b_y and of b_y1; with EVEN_M and EVEN_N all exist."""
+    store_rows(y_ptr, bias_ptr, b_y, n, columns, o_n, rows[0], rows[1], EVEN_M, EVEN_N, HAS_BIAS, RELU)
+    if HALVES == "rows":
+        store_rows(y_ptr, bias_ptr, b_y1, n, columns, o_n, rows[2], rows[3], EVEN_M, EVEN_N, HAS_BIAS, RELU)
+
+
+@triton.jit
+def store_rows(
+    y_ptr,
+    bias_ptr,
+    b_y,
+    n,
+    columns,
+    o_n,
+    o_m,
+    m_m,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """One half of `store_tile`, or all of it."""
+    m_n = o_n < columns
+    if HAS_BIAS:
+        p_bias = bias_ptr + n + o_n
+        b_bias = tl.load(p_bias) if EVEN_N else tl.load(p_bias, mask=m_n, other=0.0)
+        b_y += b_bias.to(tl.float32)[None, :]
+    if RELU:
+        b_y = tl.maximum(b_y, 0.0)
+    b_y = b_y.to(y_ptr.dtype.element_ty)
+    p_y = (y_ptr + n) + (o_m[:, None] + o_n[None, :])
+    if EVEN_M and EVEN_N:
+        tl.store(p_y, b_y)
+    elif EVEN_M:
+        tl.store(p_y, b_y, mask=m_n[None, :])
+    elif EVEN_N:
+        tl.store(p_y, b_y, mask=m_m[:, None])
+    else:
+        tl.store(p_y, b_y, mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit
+def store_block(
+    out_ptr,
+    alive_ptr,
+    b_dw,
+    o_out,
+    i_entry,
+    i_part,
+    nnz,
+    SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_ALIVE: tl.constexpr,
+):
+    """A tile of wgrad at o_out of block i_entry, zero where not alive; with SPLIT into part i_part of the sums."""
+    first = tl.cast(i_entry, tl.int64) * SIZE
+    if SPLIT:
+        tl.store(out_ptr + (tl.cast(i_part, tl.int64) * nnz * SIZE + first) + o_out, b_dw)
+    else:
+        if HAS_ALIVE:
+            b_dw = tl.where(tl.load(alive_ptr + first + o_out) != 0, b_dw, 0.0)
+        tl.store(out_ptr + first + o_out, b_dw.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def of_one_row(row_ptr, first, last, nnz):
+    """Whether blocks first to last, both included, are of one block row."""
+    return (last < nnz) & (tl.load(row_ptr + first) == tl.load(row_ptr + tl.minimum(last, nnz - 1)))
