@@ -88,6 +88,14 @@ struct BackwardPass {
   }
 };
 
+// Whether all that the threads' caches hold together is less than an activation, which then had better be written past
+// them: what is smaller, the next layer may find there. Its vectors are aligned.
+template <class S>
+bool outgrows_caches(const Activation<S>& to) {
+  return to.panel_stride == kNoPanels && to.batch_stride == 1 && to.feature_stride % kLanes<S> == 0 &&
+         is_aligned(to.data) && to.batch * to.features * sizeof(S) > at::get_num_threads() * cache_size();
+}
+
 // The backward pass of a layer over one panel.
 template <class S, int V>
 class PanelBackward {
@@ -99,6 +107,7 @@ class PanelBackward {
                 int64_t parts, bool add)
       : weight_(pass.weight), columns_(pass.weight.columns), pass_(pass),
         values_(pass.ordered ? pass.ordered : pass.values), p_(p), dy_(dy), dx_(dx), add_(add),
+        streams_(outgrows_caches(dx)),
         dvalues_(pass.wanted.dvalues ? pass.value_sums(part, parts) : nullptr), dbias_(pass.bias_sums(part)) {
     if (pass.ordered) columns_.position = nullptr;
   }
@@ -125,6 +134,7 @@ class PanelBackward {
       }
     }
     dots.finish();
+    if (streams_) finish_streams();
   }
 
  private:
@@ -146,7 +156,8 @@ class PanelBackward {
 
   const S* dy_rows(int64_t k) const { return dy_ + int64_t(columns_.other[k]) * weight_.r * T; }
 
-  void single(int64_t column, const S* x_row, DotProducts<S>& dots) const {
+  // Inlined, or what `dots` counts would lie in memory.
+  [[gnu::always_inline]] void single(int64_t column, const S* x_row, DotProducts<S>& dots) const {
     if (!dvalues_) return multiply(column, x_row);
     const auto source = [&](int64_t k) { return dy_rows(k); };
     Vec<S> x[V], dx[V];
@@ -169,17 +180,17 @@ class PanelBackward {
     multiply_line<S, V>(
         columns_, column, values_, weight_.transposed(), T, [&](int64_t k) { return dy_rows(k); },
         [](int64_t) { return S(0); },
-        [&]<int N>(int64_t out, std::integral_constant<int, N>, int v, Vec<S>* sums) {
+        [&]<int N>(int64_t out, std::integral_constant<int, N>, int v, Vec<S>* sums) __attribute__((always_inline)) {
           if (f + out < weight_.in) write_dx<N>(f + out, v, x + out * T, sums);
         });
   }
 
   // Vectors [v, v + N) of a row.
   template <int N>
-  void write_dx(int64_t f, int v, const S* x_row, Vec<S>* dx) const {
+  [[gnu::always_inline]] void write_dx(int64_t f, int v, const S* x_row, Vec<S>* dx) const {
     if (pass_.wanted.through_relu)
       for (int i = 0; i < N; ++i) dx[i] = relu_gradient<S>(load(x_row + (v + i) * kLanes<S>), dx[i]);
-    write_row<S, T, N>(dx_, p_, f, v, dx);
+    write_row<S, T, N>(dx_, p_, f, v, dx, streams_);
   }
 
   const Weight& weight_;
@@ -189,7 +200,7 @@ class PanelBackward {
   const int64_t p_;
   const S* const dy_;
   const Activation<S>& dx_;
-  const bool add_;
+  const bool add_, streams_;
   S* const dvalues_;
   S* const dbias_;
 };

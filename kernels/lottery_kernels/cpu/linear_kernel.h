@@ -120,7 +120,7 @@ struct ForwardPass {
       multiply_line<S, V>(
           weight.rows, row, values, block, stride, source,
           [&](int64_t out) { return bias && o + out < weight.out ? bias[o + out] : S(0); },
-          [&]<int N>(int64_t out, std::integral_constant<int, N>, int v, Vec<S>* sums) {
+          [&]<int N>(int64_t out, std::integral_constant<int, N>, int v, Vec<S>* sums) __attribute__((always_inline)) {
             if (with_relu)
               for (int i = 0; i < N; ++i) sums[i] = relu<S>(sums[i]);
             if (o + out < weight.out) write_row<S, T, N>(y, p, o + out, v, sums);

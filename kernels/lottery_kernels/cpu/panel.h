@@ -90,23 +90,33 @@ inline void pack(const Activation<const S>& x, int64_t p, int64_t f0, int64_t f1
     for (int t = 0; t < T; ++t) to[f * T + t] = t < count ? source[t * x.batch_stride + f * x.feature_stride] : S(0);
 }
 
+// Writes `count` entries of a row, if any, where they do not lie side by side.
+template <class S>
+[[gnu::noinline]] void scatter(const S* row, int64_t count, int64_t stride, S* to) {
+  for (int64_t t = 0; t < count; ++t) to[t * stride] = row[t];
+}
+
 // Writes vectors [v, v + V) of one feature of panel p of an activation, which had better be batch-innermost; entries past
-// the batch fall away.
+// the batch fall away. Whole rows go past the caches if `streams`: their vectors are aligned.
+// Always inlined, as is what calls it: through a pointer `part` would lie in memory.
 template <class S, int T, int V>
-[[gnu::always_inline]] inline void write_row(const Activation<S>& y, int64_t p, int64_t f, int v, const Vec<S>* part) {
+[[gnu::always_inline]] inline void write_row(const Activation<S>& y, int64_t p, int64_t f, int v, const Vec<S>* part,
+                                             bool streams = false) {
   constexpr int L = kLanes<S>;
   S* to = y.template panel<T>(p) + f * y.feature_stride + v * L * y.batch_stride;
   const int64_t count = y.count(p, T) - v * L;
-  if (y.batch_stride != 1) {
-    S row[V * L];  // `part` itself, indexed at run time, would lie in memory
+  if (y.batch_stride == 1 && count >= V * L) {
+    for (int i = 0; i < V; ++i) streams ? stream(to + i * L, part[i]) : store(to + i * L, part[i]);
+  } else if (y.batch_stride == 1) {
+    for (int i = 0; i < V; ++i, to += L) {
+      const int64_t left = count - i * L;
+      if (left >= L) store(to, part[i]);
+      else if (left > 0) store_part(to, part[i], left);
+    }
+  } else {
+    S row[V * L];
     for (int i = 0; i < V; ++i) store(row + i * L, part[i]);
-    for (int64_t t = 0; t < std::min<int64_t>(count, V * L); ++t) to[t * y.batch_stride] = row[t];
-    return;
-  }
-  for (int i = 0; i < V; ++i, to += L) {
-    const int64_t left = count - i * L;
-    if (left >= L) store(to, part[i]);
-    else if (left > 0) store_part(to, part[i], left);
+    scatter(row, std::min<int64_t>(count, V * L), y.batch_stride, to);
   }
 }
 

@@ -103,7 +103,9 @@ inline void multiply_line(const Entries& e, int64_t line, const S* values, const
   const auto tile = [&]<int R>(std::integral_constant<int, R>) {
     multiply_rows<S, PANEL, R, 0>(
         e, line, values, block, out, row_stride, rows, [&](int r) { return first(out + r); },
-        [&](int r, auto vectors, int v, Vec<S>* part) { write(out + r, vectors, v, part); });
+        [&](int r, auto vectors, int v, Vec<S>* part) __attribute__((always_inline)) {
+          write(out + r, vectors, v, part);
+        });
     out += R;
   };
   while (block.outs - out >= 4) tile(std::integral_constant<int, 4>{});
