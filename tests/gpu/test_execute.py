@@ -66,6 +66,13 @@ def test_steps_in_pairs_and_weight_gradients_of_several_blocks(gpu, block):
     check_layer(Layer("fp16", block, (144, 208), 1024, density=0.1, seed=1), gpu)
 
 
+@pytest.mark.parametrize("rows", [1280, 1536])
+@pytest.mark.parametrize("density", [0.2, 0.6])
+def test_batches_that_fill_the_steps_of_several_blocks_but_not_of_fewer(rows, density):
+    """Without masks in the loop, a step that is longer where blocks are summed one by one ends with the batch too."""
+    check_layer(Layer("fp16", (16, 16), (144, 208), rows, density=density, seed=1), "sm_80")
+
+
 @GPUS
 @pytest.mark.parametrize("name", PRECISIONS)
 @pytest.mark.parametrize(("block", "image", "stride"), [((16, 16), (4, 4), (1, 1)), ((32, 32), (8, 16), (1, 2))])

@@ -187,6 +187,7 @@ def conv2d_wgrad_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
     BM: tl.constexpr,
+    MORE: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -200,11 +201,11 @@ def conv2d_wgrad_kernel(
     each. dy is [n, YH, YW, GROUPS · N], contiguous, x is [n, XH, XW, GROUPS · K].
 
     A program computes a tile of BLOCKS blocks that follow each other, 1, 2 or 4: in one product where they are of one
-    block row, since they then share what is read of dy, else in pairs of one row and one by one."""
+    block row, since they then share what is read of dy, else in pairs of one row and one by one,
+    MORE pixels in a step instead of BM."""
     TILES_C: tl.constexpr = C // BC
     TILES: tl.constexpr = R // BR * TILES_C  # programs that share a block
     HALF: tl.constexpr = BLOCKS // 2
-    MORE: tl.constexpr = max(BM, min(2 * BM, 256))  # pixels of a step where fewer blocks share it
     pid = tl.program_id(0)
     programs = tl.cdiv(nnz, BLOCKS) * TILES
     begin = pid % programs // TILES * BLOCKS

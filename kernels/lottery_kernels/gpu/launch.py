@@ -233,6 +233,7 @@ def launch_wgrad(
 
     def run(tile: Tile) -> None:
         blocks, programs, part, parts = wgrad_split(nnz, (r, c), rows, tile, target)
+        more = most_rows(tile, blocks)
         sums = dvalues if parts == 1 else torch.empty(parts, nnz, r, c, dtype=torch.float32, device=x.device)
         launch(
             kernel,
@@ -242,11 +243,12 @@ def launch_wgrad(
             R=r,
             C=c,
             BM=tile.rows,
+            MORE=more,
             BR=tile.cols,
             BC=tile.depth // blocks,
             HALVES=halves(tile.rows, min(tile.cols, tile.depth), 0, tile.warps, x.dtype, mode, target),
             BLOCKS=blocks,
-            EVEN_M=rows % most_rows(tile, blocks) == 0,
+            EVEN_M=rows % more == 0,
             SPLIT=parts > 1,
             HAS_ALIVE=index.alive is not None,
             PRECISION=mode,

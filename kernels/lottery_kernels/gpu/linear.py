@@ -261,6 +261,7 @@ def linear_wgrad_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
     BM: tl.constexpr,
+    MORE: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -273,7 +274,8 @@ def linear_wgrad_kernel(
     """dvalues [nnz, R, C] = dyᵀ x at the live blocks; with SPLIT, partial sums [parts, nnz, R, C] of `part` rows.
 
     A program computes a tile of BLOCKS blocks that follow each other, 1, 2 or 4: in one product where they are of one
-    block row, since they then share what is read of dy, else in pairs of one row and one by one."""
+    block row, since they then share what is read of dy, else in pairs of one row and one by one,
+    MORE rows in a step instead of BM."""
     TILES_C: tl.constexpr = C // BC
     TILES: tl.constexpr = R // BR * TILES_C  # programs that share a block
     HALF: tl.constexpr = BLOCKS // 2
@@ -290,13 +292,13 @@ def linear_wgrad_kernel(
         sum_blocks(*tensors, begin, *first, *sizes, BM, 1, *flags)
     elif of_one_row(row_ptr, begin, begin + BLOCKS - 1, nnz):
         sum_blocks(*tensors, begin, *first, *sizes, BM, BLOCKS, *flags)
-    else:  # fewer blocks, and more rows of each in a step
+    else:
         for i in range(begin, end, HALF):
             if of_one_row(row_ptr, i, i + HALF - 1, nnz) if HALF > 1 else False:
-                sum_blocks(*tensors, i, *first, *sizes, 2 * BM, HALF, *flags)
+                sum_blocks(*tensors, i, *first, *sizes, MORE, HALF, *flags)
             else:
                 for j in range(i, tl.minimum(i + HALF, end)):
-                    sum_blocks(*tensors, j, *first, *sizes, 2 * BM, 1, *flags)
+                    sum_blocks(*tensors, j, *first, *sizes, MORE, 1, *flags)
 
 
 # Launchers
