@@ -6,7 +6,7 @@ import contextlib
 import functools
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -220,3 +220,17 @@ def draw(kind: str, precision: str, seed: int) -> Layer:
         groups=groups,
         **common,
     )
+
+
+def draw_long(kind: str, precision: str, seed: int) -> Layer:
+    """The same with narrow blocks, over so many rows or pixels that programs of the weight gradient take several."""
+    choose = random.Random(f"long {kind} {precision} {seed}")
+    block = (choose.choice((16, 32)), choose.choice((16, 32)))
+    layer = replace(draw(kind, precision, seed), block=block, density=choose.choice((0.1, 0.3, 0.6, 1.0)))
+    rows = choose.choice((1024, 1280, 1536, 2048, choose.randint(1025, 2047)))
+    if kind == "linear":
+        return replace(layer, batch=rows)
+    image = (choose.choice((2, 4, 8)), choose.choice((2, 4, 8)))
+    same = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}  # dy is as large as x
+    shape = (*layer.weight_shape[:2], 3, 3)
+    return replace(layer, weight_shape=shape, image=image, batch=rows // (image[0] * image[1]), **same)

@@ -5,12 +5,13 @@ import pytest
 from lottery_kernels.gpu import conv, conv_wgrad, linear
 from tests.gpuless.driver import stand_in
 
-from .cases import PRECISIONS, Layer, as_tensor_core, check, draw, precision
+from .cases import PRECISIONS, Layer, as_tensor_core, check, draw, draw_long, precision
 
 GPUS = pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
 pytestmark = pytest.mark.usefixtures("nan_filled")
 SEEDS = 2  # random layers of each kind, target and precision in every run; the long sweep goes on from there
 LONG_SWEEP = 25
+LONG_BATCHES = 6
 
 
 def check_layer(layer: Layer, gpu: str) -> None:
@@ -36,6 +37,15 @@ def test_random_layers(gpu, name, kind):
 @pytest.mark.parametrize("seed", range(SEEDS, SEEDS + LONG_SWEEP))
 def test_more_random_layers(gpu, name, kind, seed):
     check_layer(draw(kind, name, seed), gpu)
+
+
+@pytest.mark.matrix
+@GPUS
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+@pytest.mark.parametrize("seed", range(LONG_BATCHES))
+def test_random_layers_with_long_batches(gpu, name, kind, seed):
+    check_layer(draw_long(kind, name, seed), gpu)
 
 
 @GPUS
