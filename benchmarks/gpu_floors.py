@@ -38,8 +38,7 @@ def instructions_for_tiling(layer: Layer, nnz: int) -> float:
         tiles, blocks = math.ceil(rows / tile.rows), nnz * (cols // tile.cols)
         total += tiles * blocks * _loop(tile.rows, tile.cols, depth, tile.warps)
         total += rows * features * (1 / 32 + 1 / 64 + 3 * 2 / 512)
-    tile = settings.wgrad_tile(rows, layer.block, layer.dtype, kind, TARGET, _per_row(layer, nnz))
-    _, programs, _, parts = settings.wgrad_split(nnz, layer.block, rows, tile, TARGET)
+    tile, programs, parts = _wgrad(layer, nnz, rows, kind)
     total += programs * _loop(tile.cols, tile.depth, rows, tile.warps)
     sums = nnz * r * c
     total += sums * (parts / 32 + 1 / 64 + 2 / 512)
@@ -53,8 +52,12 @@ def _loop(height: int, width: int, depth: int, warps: int) -> float:
     return height * width * depth / 2048 + loads + (height + width) * depth * 2 / 512
 
 
-def _per_row(layer: Layer, nnz: int) -> float:
-    return nnz / math.ceil(layer.weight_shape[0] / layer.block[0])
+def _wgrad(layer: Layer, nnz: int, rows: int, kind: str) -> tuple[settings.Tile, int, int]:
+    """How wgrad is launched: the tile, programs, and parts that `rows` are cut into."""
+    per_row = nnz / math.ceil(layer.weight_shape[0] / layer.block[0])
+    tile = settings.wgrad_tile(rows, layer.block, layer.dtype, kind, TARGET, per_row)
+    _, programs, _, parts = settings.wgrad_split(nnz, layer.block, rows, tile, TARGET)
+    return tile, programs, parts
 
 
 def least_for_tiling(layer: Layer, nnz: int) -> dict[str, float]:
@@ -69,8 +72,7 @@ def least_for_tiling(layer: Layer, nnz: int) -> dict[str, float]:
         tiles, per_line = -(-rows // tile.rows), cols // tile.cols
         read = tiles * nnz * per_line * (depth * tile.cols + min(rows, tile.rows) * depth)
         least[name] = (read + rows * features) * size / SECTOR
-    tile = settings.wgrad_tile(rows, layer.block, layer.dtype, kind, target, _per_row(layer, nnz))
-    _, programs, _, parts = settings.wgrad_split(nnz, layer.block, rows, tile, target)
+    tile, programs, parts = _wgrad(layer, nnz, rows, kind)
     partial = 2 * parts * nnz * r * c * 4 if parts > 1 else 0  # fp32, written and read
     least["dvalues"] = ((programs * rows * (tile.cols + tile.depth) + nnz * r * c) * size + partial) / SECTOR
     return least

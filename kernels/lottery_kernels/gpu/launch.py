@@ -179,6 +179,9 @@ def launch_product(
             return 1
         return lines_together(phases * triton.cdiv(rows, tile.rows) * count * (cols // tile.cols), target)
 
+    steps = values.shape[0] * (depth // table.depth) / max(1, phases * count)  # of a line, on average
+    table = no_deeper_than(table, steps * lines_of_program(table))
+
     def run(tile: Tile) -> None:
         tiles, per_line, together = triton.cdiv(rows, tile.rows), cols // tile.cols, lines_of_program(tile)
         cut = (tile.depth, min(tile.rows, tile.cols), tile.rows, tile.warps)
@@ -205,8 +208,6 @@ def launch_product(
             **constants,
         )
 
-    steps = values.shape[0] * (depth // table.depth) / max(1, phases * count)  # of a line, on average
-    table = no_deeper_than(table, steps * lines_of_program(table))
     traits, sizes = (x.dtype, mode, transposed, phases), Sizes(rows, count, values.shape[0])
     run(best_tile(kernel, table, (cols, depth), traits, sizes, target, run))
 
