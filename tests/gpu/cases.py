@@ -176,7 +176,7 @@ def check(found: Tensor, exact: Tensor, torchs: Tensor, what: str) -> None:
     assert found.shape == exact.shape and found.dtype == torchs.dtype, what
     assert found.isfinite().all(), f"{what}: something was not written"
     floor = torch.finfo(torch.float32).eps * exact.abs().max() if exact.numel() else 0
-    ours, theirs = found.double().cpu() - exact.cpu(), torchs.double().cpu() - exact.cpu()
+    ours, theirs = (result.to(exact.device).double() - exact for result in (found, torchs))
     if exact.numel():
         assert ours.abs().max() <= 2 * theirs.abs().max() + floor, (
             f"{what}: {ours.abs().max()}, torch {theirs.abs().max()}"

@@ -190,23 +190,24 @@ def sum_blocks(
     i_entry,
     first_r,
     first_c,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    STRIDE_DY: tl.constexpr,
-    STRIDE_X: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
+    layer: tl.constexpr,  # N, K, STRIDE_DY, STRIDE_X
+    tile: tl.constexpr,  # R, C, BR, BC
+    flags: tl.constexpr,  # HALVES, EVEN_M, SPLIT, HAS_ALIVE, PRECISION
     BM: tl.constexpr,
     BLOCKS: tl.constexpr,
-    HALVES: tl.constexpr,
-    EVEN_M: tl.constexpr,
-    SPLIT: tl.constexpr,
-    HAS_ALIVE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """A tile [BR, BC] of each of BLOCKS blocks from i_entry on, which are of one block row: one product."""
+    N: tl.constexpr = layer[0]
+    K: tl.constexpr = layer[1]
+    STRIDE_DY: tl.constexpr = layer[2]
+    STRIDE_X: tl.constexpr = layer[3]
+    R: tl.constexpr = tile[0]
+    C: tl.constexpr = tile[1]
+    BR: tl.constexpr = tile[2]
+    BC: tl.constexpr = tile[3]
+    HALVES: tl.constexpr = flags[0]
+    EVEN_M: tl.constexpr = flags[1]
+    PRECISION: tl.constexpr = flags[4]
     TAIL_N: tl.constexpr = N % R != 0
     TAIL_K: tl.constexpr = K % C != 0
     HM: tl.constexpr = BM // 2 if HALVES == "depth" else BM
@@ -240,7 +241,7 @@ def sum_blocks(
         if HALVES == "depth":
             b_dw = tl.dot(b_dy1, b_x1, b_dw, input_precision=PRECISION)
     o_out = o_r[:, None] * C + (o_j * (R * C) + o_c)[None, :]
-    store_block(out_ptr, alive_ptr, b_dw, o_out, i_entry, i_part, nnz, R * C, SPLIT, HAS_ALIVE)
+    store_block(out_ptr, alive_ptr, b_dw, o_out, i_entry, i_part, nnz, R * C, flags[2], flags[3])
 
 
 @triton.jit(do_not_specialize=["nnz", "M", "part"])
@@ -283,22 +284,23 @@ def linear_wgrad_kernel(
     programs = tl.cdiv(nnz, BLOCKS) * TILES
     begin = pid % programs // TILES * BLOCKS
     end = tl.minimum(begin + BLOCKS, nnz)
-    tile = pid % TILES
+    part_of_block = pid % TILES
     tensors = (dy_ptr, x_ptr, out_ptr, row_ptr, col_ptr, alive_ptr, nnz, M, part, pid // programs)
-    first = (tile // TILES_C * BR, tile % TILES_C * BC)
-    sizes: tl.constexpr = (N, K, STRIDE_DY, STRIDE_X, R, C, BR, BC)
+    first = (part_of_block // TILES_C * BR, part_of_block % TILES_C * BC)
+    layer: tl.constexpr = (N, K, STRIDE_DY, STRIDE_X)
+    tile: tl.constexpr = (R, C, BR, BC)
     flags: tl.constexpr = (HALVES, EVEN_M, SPLIT, HAS_ALIVE, PRECISION)
     if BLOCKS == 1:
-        sum_blocks(*tensors, begin, *first, *sizes, BM, 1, *flags)
+        sum_blocks(*tensors, begin, *first, layer, tile, flags, BM, 1)
     elif of_one_row(row_ptr, begin, begin + BLOCKS - 1, nnz):
-        sum_blocks(*tensors, begin, *first, *sizes, BM, BLOCKS, *flags)
+        sum_blocks(*tensors, begin, *first, layer, tile, flags, BM, BLOCKS)
     else:
         for i in range(begin, end, HALF):
             if of_one_row(row_ptr, i, i + HALF - 1, nnz) if HALF > 1 else False:
-                sum_blocks(*tensors, i, *first, *sizes, MORE, HALF, *flags)
+                sum_blocks(*tensors, i, *first, layer, tile, flags, MORE, HALF)
             else:
                 for j in range(i, tl.minimum(i + HALF, end)):
-                    sum_blocks(*tensors, j, *first, *sizes, MORE, 1, *flags)
+                    sum_blocks(*tensors, j, *first, layer, tile, flags, MORE, 1)
 
 
 # Launchers
