@@ -230,7 +230,11 @@ def record(work: Callable[[], None], model: nn.Module | None = None) -> Callable
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph.replay
+
+    def replay(_keeps_alive: Callable[[], None] = work) -> None:  # the tensors that the graph reads and writes
+        graph.replay()
+
+    return replay
 
 
 def _let_go_of_graphs(model: nn.Module | None) -> None:
