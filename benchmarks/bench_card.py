@@ -81,7 +81,7 @@ def repeated(work: Callable[[], object]) -> Callable[[], None]:
 
 def dense_passes(layer: Layer) -> dict[str, Callable[[], Tensor]]:
     """y, dx and dvalues of the whole weight."""
-    x, weight, _, dy = (layer._moved(t, "cuda") for t in layer.tensors().values())
+    x, weight, _, dy = layer.tensors("cuda").values()
     if layer.image is None:
         return {"y": lambda: F.linear(x, weight), "dx": lambda: dy @ weight, "dvalues": lambda: dy.T @ x}
     weight = weight.contiguous(memory_format=torch.channels_last)
@@ -101,14 +101,14 @@ def dense_passes(layer: Layer) -> dict[str, Callable[[], Tensor]]:
 @functools.cache
 def drawn(name: str) -> dict[str, Tensor]:
     """The same for all blocks and shares."""
-    return LAYERS[name].tensors()
+    return LAYERS[name].tensors("cuda")
 
 
 @pytest.mark.parametrize(("name", "block", "share"), CASES)
 def test_layer(tables, name: str, block: int, share: float) -> None:
     layer = replace(LAYERS[name], block=(block, block), density=share)
     tensors = drawn(name)
-    with mock.patch.object(Layer, "tensors", lambda self: tensors):
+    with mock.patch.object(Layer, "tensors", lambda self, device: tensors):
         sparse, dense = layer.sparse("cuda"), dense_passes(layer)
         exact, torchs = (layer.dense(compute, "cuda") for compute in (lambda t: t.double(), lambda t: t.clone()))
     for key, compute in sparse.items():
