@@ -17,7 +17,7 @@ from ..pattern import Pattern
 from .geometry import Geometry, check_groups
 from .launch import Index, check, launch_wgrad
 from .settings import channels_last
-from .tiles import load_rows, of_one_row, pixel_offsets, row_offsets, store_block
+from .tiles import add_product, load_rows, of_one_row, pixel_offsets, row_offsets, store_block
 
 
 @triton.jit
@@ -117,7 +117,8 @@ def sum_blocks(
     TAIL_N: tl.constexpr = N % R != 0
     TAIL_K: tl.constexpr = K % C != 0
     HM: tl.constexpr = BM // 2 if HALVES == "depth" else BM
-    HOISTED: tl.constexpr = BM % (image[0] * image[1]) == 0 and BR * BC * BLOCKS < 64 * 64  # else registers do not suffice
+    # Where tiles are larger, registers do not suffice.
+    HOISTED: tl.constexpr = BM % (image[0] * image[1]) == 0 and BR * BC * BLOCKS < 64 * 64
     i_row = tl.load(row_ptr + i_entry)
     i_group = i_row // BLOCKS_N
     o_r = first_r + tl.arange(0, BR)
@@ -147,9 +148,9 @@ def sum_blocks(
         if HALVES == "depth":
             b_dy1 = load_rows(dy_ptr, m1, GROUPS * N, o_dy, m_n, (m1 + o_m < last)[None, :], TAIL_N, EVEN_M)
             b_x1 = load_pixels(p_c, m, o_m, m_k, last, shift_h, shift_w, image, EVEN_M, TAIL_K, HM, HOISTED)
-        b_dw = tl.dot(b_dy, b_x, b_dw, input_precision=PRECISION)
+        b_dw = add_product(b_dy, b_x, b_dw, PRECISION)
         if HALVES == "depth":
-            b_dw = tl.dot(b_dy1, b_x1, b_dw, input_precision=PRECISION)
+            b_dw = add_product(b_dy1, b_x1, b_dw, PRECISION)
     o_out = o_r[:, None] * C + (o_j * (R * C) + o_c)[None, :]
     store_block(out_ptr, alive_ptr, b_dw, o_out, i_entry, i_part, nnz, R * C, flags[2], flags[3])
 
