@@ -165,7 +165,7 @@ def halves(
         return ""
     if pairs and dtype.itemsize == 2 and inner <= 32 and narrow <= 64:  # with 128 ptxas spills
         return "steps"
-    if inner // 2 * dtype.itemsize >= 32 and inner // 2 * narrow * dtype.itemsize >= 16 * 32 * warps:
+    if inner >= 32 and inner // 2 * narrow * dtype.itemsize >= 16 * 32 * warps:  # Triton 3.6: a product is 16 deep
         return "depth"
     return "rows" if rows >= 32 else ""
 
