@@ -91,7 +91,8 @@ def product_tile(
     """
     tall = max(16, min(128, _power_of_two(rows)))
     if dtype == torch.float32 and precision == "ieee":  # no tensor cores: the tile lives in registers
-        return Tile(min(tall, 64), min(cols, 64), min(depth, 32), 4, 2 if target.backend == "hip" else 3)
+        warps = 8 if target.arch == 90 and cols == depth == 64 else 4  # with 4 ptxas spills
+        return Tile(min(tall, 64), min(cols, 64), min(depth, 32), warps, 2 if target.backend == "hip" else 3)
     wide = min(cols, 128)
     step = min(depth, 32 if dtype == torch.float32 else 64)
     if wide <= (64 if _multiplies_by_warp(target) else 32) and rows >= 4096 and dtype.itemsize == 2:
