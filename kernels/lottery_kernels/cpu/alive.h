@@ -1,5 +1,5 @@
-// Values of live blocks whose mask is finer than the block, or that stick out of the weight: dead positions count as zero
-// whatever they hold, NaN too.
+// Values of live blocks whose mask is finer than the block, or that stick out of the weight: dead positions count as
+// zero whatever they hold, NaN too.
 #pragma once
 
 #include <ATen/ATen.h>
