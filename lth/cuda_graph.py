@@ -200,28 +200,53 @@ class CapturedStep(GatedStep):
             raise ValueError(f"graph: True, but the model is on {self.device}; a CUDA graph takes a model on a GPU")
 
     def _record(self) -> Callable[[], None]:
+        generator = torch.cuda.default_generators[self.device.index]
+        before = generator.clone_state()
         try:
             with torch.cuda.device(self.device):
-                return record(self._work)
+                return record(self._work, self.training.model)
         except RuntimeError as error:
+            generator.graphsafe_set_state(before)  # a capture that failed leaves it waiting for its end
             raise RuntimeError(
                 f"the training step could not be captured in a CUDA graph ({error}); without one (graph=False, "
                 "lth run --no-graph) it runs kernel by kernel"
             ) from error
 
 
-def record(work: Callable[[], None]) -> Callable[[], None]:
-    """`work` as a graph of the current CUDA device, after `WARM_UP` runs on a side stream; returns what replays it."""
+def record(work: Callable[[], None], model: nn.Module | None = None) -> Callable[[], None]:
+    """`work` as a graph of the current CUDA device, after `WARM_UP` runs on a side stream; returns what replays it.
+
+    Args:
+        model: what `work` trains, if it does.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):
+            _let_go_of_graphs(model)
             work()
     torch.cuda.current_stream().wait_stream(side)
+    _let_go_of_graphs(model)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph.replay
+
+    def replay(_keeps_alive: Callable[[], None] = work) -> None:  # the tensors that the graph reads and writes
+        graph.replay()
+
+    return replay
+
+
+def _let_go_of_graphs(model: nn.Module | None) -> None:
+    """Detaches results that an earlier forward left in the model, as pruning leaves the masked `weight`.
+
+    As long as they live, so do the autograd nodes that add up the gradients of the parameters behind them, each on the
+    stream that was current when it was made: a capture on another stream fails there.
+    """
+    for module in () if model is None else model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                vars(module)[name] = value.detach()
 
 
 @contextlib.contextmanager

@@ -208,13 +208,13 @@ def _kernel(name: str) -> Callable[..., Tensor]:
     op = getattr(ops, name).default
 
     def kernel(*args: Any) -> Tensor:
-        _check_tensors(op, args)
+        check_tensors(op, args)
         return op(*args) if _backend_serves(name, args[0].device.type) else compute(*args)
 
     return kernel
 
 
-def _check_tensors(op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+def check_tensors(op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
     """Raises ValueError unless all tensors are dense and on one device: of several devices, the dispatcher might choose
     the one whose backend is not loaded, and come back here for ever, as it would with a layout that has no kernel."""
     tensors = {}

@@ -75,8 +75,8 @@ class Layer:
     def pattern(self) -> Pattern:
         return Pattern.from_mask(self.mask(), self.block, self.groups)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Random `x`, `weight` (dense), `bias` and `dy`, on the CPU."""
+    def tensors(self, device: str = "cpu") -> dict[str, Tensor]:
+        """Random `x`, `weight` (dense), `bias` and `dy`, the same on every device."""
         generator = self._generator()
 
         def draw(*shape: int) -> Tensor:
@@ -87,12 +87,13 @@ class Layer:
         weight = draw(*self.weight_shape)
         dy_shape = self._dense(x.to("meta"), weight.to("meta"), None).shape
         tensors = {"x": x, "weight": weight, "bias": draw(self.weight_shape[0]), "dy": draw(*dy_shape)}
-        return {name: self._laid_out(t) if name in ("x", "dy") else t for name, t in tensors.items()}
+        moved = {name: t.to(device) for name, t in tensors.items()}
+        return {name: self._laid_out(t) if name in ("x", "dy") else t for name, t in moved.items()}
 
     def sparse(self, device: str = "cpu") -> dict[str, Callable[[], Tensor]]:
         """The launchers' results by name: y, dx and dvalues."""
         pattern = self.pattern().to(device)
-        x, weight, bias, dy = (self._moved(t, device) for t in self.tensors().values())
+        x, weight, bias, dy = self.tensors(device).values()
         values, added = pattern.pack(weight), bias if self.bias else None
         if self.image is None:
             passes = {
@@ -111,7 +112,7 @@ class Layer:
     def dense(self, compute: Callable[[Tensor], Tensor], device: str = "cpu") -> dict[str, Tensor]:
         """What dense masked PyTorch makes of inputs that `compute` has prepared, by autograd."""
         pattern = self.pattern().to(device)
-        x, weight, bias, dy = (compute(self._moved(t, device)) for t in self.tensors().values())
+        x, weight, bias, dy = map(compute, self.tensors(device).values())
         weight = weight * pattern.mask
         x.requires_grad_(), weight.requires_grad_()
         y = self._dense(x, weight, bias if self.bias else None)
@@ -134,9 +135,6 @@ class Layer:
             return torch.stack([t, t.new_full((), torch.nan).expand_as(t)], 1).flatten(0, 1)[::2]
         return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
 
-    def _moved(self, t: Tensor, device: str) -> Tensor:
-        return t if device == "cpu" else self._laid_out(t.to(device))
-
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
@@ -155,8 +153,9 @@ def precision(name: str) -> Iterator[None]:
             owner.fp32_precision = value
 
 
-def as_tensor_core(layer: Layer) -> dict[str, Tensor]:
-    """What torch's own operators make of the inputs on a GPU: products of tensor cores, fp32 sums, a rounded result."""
+def as_tensor_core(layer: Layer, device: str = "cpu") -> dict[str, Tensor]:
+    """What torch's own operators make of the inputs as tensor cores read them: exact products, fp32 sums, a rounded
+    result."""
 
     def read(t: Tensor) -> Tensor:
         if layer.precision != "tf32":
@@ -164,10 +163,10 @@ def as_tensor_core(layer: Layer) -> dict[str, Tensor]:
         return (t.view(torch.int32) & -0x2000).view(torch.float32)  # 10 bits of mantissa are read
 
     if layer.precision == "tf32":  # a bias is added, not multiplied
-        exact_bias = layer.tensors()["bias"]
-        found = layer.dense(lambda t: exact_bias.clone() if t.shape == exact_bias.shape else read(t).clone())
+        bias = layer.tensors(device)["bias"]
+        found = layer.dense(lambda t: bias.clone() if t.shape == bias.shape else read(t).clone(), device)
     else:
-        found = layer.dense(read)
+        found = layer.dense(read, device)
     return {name: t.to(layer.dtype) for name, t in found.items()}
 
 
@@ -176,7 +175,7 @@ def check(found: Tensor, exact: Tensor, torchs: Tensor, what: str) -> None:
     assert found.shape == exact.shape and found.dtype == torchs.dtype, what
     assert found.isfinite().all(), f"{what}: something was not written"
     floor = torch.finfo(torch.float32).eps * exact.abs().max() if exact.numel() else 0
-    ours, theirs = found.double().cpu() - exact.cpu(), torchs.double().cpu() - exact.cpu()
+    ours, theirs = (result.to(exact.device).double() - exact for result in (found, torchs))
     if exact.numel():
         assert ours.abs().max() <= 2 * theirs.abs().max() + floor, (
             f"{what}: {ours.abs().max()}, torch {theirs.abs().max()}"

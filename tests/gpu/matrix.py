@@ -37,7 +37,6 @@ REASONS = {
     "narrow": "wgmma and tcgen05 compute 64 rows at least; wgrad has as many as a block has",
     "tf32": "tf32 instructions want both operands contiguous along the sum: this one is transposed while it is copied",
     "small": "a tile of the loop has fewer than 16 bytes for each thread",
-    "few": "ptxas spills at most 16 bytes of a thread; with 128 sums no register is left",
     "amd": "Triton's pipeline for gfx942 holds the next tile in registers beside one in shared memory",
 }
 
@@ -93,8 +92,6 @@ def misses(row: Row, found: Facts) -> dict[str, str]:
 
 def _reason(miss: str, row: Row, found: Facts) -> str:
     wgrad = row.operator.endswith("wgrad")
-    if miss == "spills" and row.gpu != "gfx942" and found.spilled <= 16:
-        return "few"
     if miss == "matrix" and row.precision == "fp32" and row.gpu != "gfx942":
         return "exact"
     if miss == "matrix" and found.matrix == "mma.sync" and wgrad and row.block[0] < 64:

@@ -68,7 +68,7 @@ def test_the_operators_kernel_refuses_them_too(name):
         "linear_dgrad": (dy.to("meta"), values, index, shape),
         "linear_wgrad": (dy.to("meta"), x, index, shape, pattern.block),
     }
-    with pytest.raises(ValueError, match="is on meta, values are on cpu"):
+    with pytest.raises(ValueError, match=r"is on meta, (values|x) on cpu"):
         kernel(*calls[name])
 
 

@@ -40,7 +40,7 @@ BUGS = {
         ),
         "line not written at its end": ("if i + STEPS == line_end:", "if i + STEPS == -1:", "y"),
         "run of lines too long": ("first_line + LINES,", "first_line + LINES + 1,", "y"),
-        "half of the depth left out": ("tl.dot(b_x1, b_b1, b_y,", "tl.dot(b_x, b_b1, b_y,", "y"),
+        "half of the depth left out": ("add_product(b_x1, b_b1, b_y,", "add_product(b_x, b_b1, b_y,", "y"),
         "values not transposed": ("o_k[:, None] * STEP_K + o_n[None", "o_k[:, None] * STEP_N + o_n[None", "dx"),
     },
     (STEPS, linear, "linear_product_kernel"): {

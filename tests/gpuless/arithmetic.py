@@ -102,13 +102,24 @@ def fused_multiply_add(machine: Machine, instruction: Instruction, mask: Mask) -
     result, *operands = instruction.operands
     kind = instruction.type
     if kind == "bf16":
-        a, b, c = (bf16_to_float(np.asarray(machine.read(operand, "b16"))).astype(np.float64) for operand in operands)
-        machine.write(result, float_to_bf16((a * b + c).astype(np.float32)), mask)
+        halves = [np.asarray(machine.read(operand, "b16")) for operand in operands]
+        machine.write(result, _multiply_add_bf16(*halves), mask)
+        return
+    if kind == "bf16x2":
+        pairs = [np.asarray(machine.read(operand, "b32")) for operand in operands]
+        low, high = _multiply_add_bf16(*pairs), _multiply_add_bf16(*(pair >> 16 for pair in pairs))
+        machine.write(result, high.astype(np.uint32) << 16 | low, mask)
         return
     if kind not in ("f16", "f32", "f64"):
         raise NotImplementedError(instruction.text)
     a, b, c = (machine.read(operand, kind).astype(np.float64) for operand in operands)
     machine.write(result, (a * b + c).astype(machine.read(operands[0], kind).dtype), mask)
+
+
+def _multiply_add_bf16(*bits: np.ndarray) -> np.ndarray:
+    """a · b + c of the low halves, as bits."""
+    a, b, c = (bf16_to_float(one.astype(np.uint16)).astype(np.float64) for one in bits)
+    return float_to_bf16((a * b + c).astype(np.float32))
 
 
 def _quotient(a: Any, b: Any) -> Any:

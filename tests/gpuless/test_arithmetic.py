@@ -52,3 +52,9 @@ def test_sums_of_products_in_bf16_are_rounded_once():
     one, two, tiny = 0x3F80, 0x4000, 0x3B80  # 2 + 2⁻⁸ is halfway to the next number, and rounds to even
     assert result("fma.rn.bf16 %r, %a, %b, %c", a=one, b=two, c=tiny) == two
     assert result("fma.rn.bf16 %r, %a, %b, %c", a=two, b=two, c=one) == 0x40A0  # 5
+
+
+def test_pairs_in_bf16_are_multiplied_half_by_half():
+    one, two, five = 0x3F80, 0x4000, 0x40A0
+    pairs = {"a": two << 16 | one, "b": two << 16 | two, "c": one << 16 | two}
+    assert result("fma.rn.bf16x2 %r, %a, %b, %c", **pairs) == five << 16 | 0x4080  # 5 and 4

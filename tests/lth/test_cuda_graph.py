@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from lottery_kernels import SparseLinear, sparsify
 from lth import cuda_graph, masked
@@ -363,8 +364,9 @@ def test_in_a_graph_whole_captured_steps_decide(monkeypatch: pytest.MonkeyPatch)
     assert result["kernels"]["reason"] == "a training step takes 2 ms sparse and 1 ms dense masked"
 
 
-def test_capture_follows_pytorchs_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warm-up on a side stream that waits for the current one and is waited for, then the capture."""
+@pytest.fixture
+def cuda_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked of CUDA's streams and graphs, of which none is there."""
     happened: list[str] = []
 
     class Stream:
@@ -388,12 +390,32 @@ def test_capture_follows_pytorchs_order(monkeypatch: pytest.MonkeyPatch) -> None
     stands_in = {"Stream": Stream, "current_stream": lambda: Stream("current"), "stream": inside, "CUDAGraph": Graph}
     for name, value in {**stands_in, "graph": inside}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    replay = cuda_graph.record(lambda: happened.append("work"))
+    return happened
+
+
+def test_capture_follows_pytorchs_order(cuda_calls: list[str]) -> None:
+    """Warm-up on a side stream that waits for the current one and is waited for, then the capture."""
+    replay = cuda_graph.record(lambda: cuda_calls.append("work"))
     replay()
-    assert happened == [
+    assert cuda_calls == [
         "side waits for current",
         *("begin side", *["work"] * cuda_graph.WARM_UP, "end side"),
         "current waits for side",
         *("begin capture", "work", "end capture"),
         "replay",
     ]
+
+
+def test_a_capture_meets_no_graph_that_an_earlier_forward_left(cuda_calls: list[str]) -> None:
+    """Autograd's nodes in it would work on another stream than the one that is captured."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    prune.random_unstructured(model[0], "weight", amount=0.5)
+    assert model[0].weight.grad_fn is not None
+    had_graphs = []
+
+    def work() -> None:
+        had_graphs.append(model[0].weight.grad_fn is not None)
+        model(torch.randn(2, 4)).sum().backward()
+
+    cuda_graph.record(work, model)
+    assert had_graphs == [False] * (cuda_graph.WARM_UP + 1)

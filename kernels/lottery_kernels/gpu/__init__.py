@@ -91,13 +91,16 @@ def _launchers() -> dict[str, Callable[..., torch.Tensor]]:
 
 
 def _kernel(name: str, launcher: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    from ..operators import by_reference
+    from ..operators import by_reference, check_tensors
     from .settings import unsupported as without_kernel
 
     reference = by_reference(name)
+    op = getattr(torch.ops.lottery_kernels, name).default
     wgrad = name.endswith("wgrad")
 
     def kernel(*args: Any) -> torch.Tensor:
+        if args[0].device != args[1].device:
+            check_tensors(op, args)
         block = args[4] if wgrad else args[1].shape[1:]
         if without_kernel(args[0].dtype, tuple(block)) is None:
             return launcher(*args)

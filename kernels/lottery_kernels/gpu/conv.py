@@ -22,7 +22,7 @@ from ..pattern import Grid, Pattern, alive_only
 from .geometry import Geometry, check_groups, pair
 from .launch import Index, Lines, check, launch_product
 from .settings import Target, channels_last
-from .tiles import grouped_tile, pixel_offsets, row_offsets, store_tile
+from .tiles import add_product, grouped_tile, pixel_offsets, row_offsets, store_tile
 
 
 @triton.jit
@@ -228,11 +228,11 @@ def conv2d_product_kernel(
         following = tl.minimum(i + 1, last_step - 1) // PER_BLOCK
         i_block = tl.load(block_ptr + following)
         i_entry = tl.load(entry_ptr + following) if TRANSPOSED else following
-        b_y = tl.dot(b_x, b_b, b_y, input_precision=PRECISION)
+        b_y = add_product(b_x, b_b, b_y, PRECISION)
         if HALVES == "depth":
-            b_y = tl.dot(b_x1, b_b1, b_y, input_precision=PRECISION)
+            b_y = add_product(b_x1, b_b1, b_y, PRECISION)
         if HALVES == "rows":
-            b_y1 = tl.dot(b_x1, b_b, b_y1, input_precision=PRECISION)
+            b_y1 = add_product(b_x1, b_b, b_y1, PRECISION)
         if LINES > 1:  # stands last in the loop: in front of the product Triton's pipeliner takes the line too early
             i_line = tl.load(line_ptr + following)
             if i_line != line:

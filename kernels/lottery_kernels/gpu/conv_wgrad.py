@@ -17,7 +17,7 @@ from ..pattern import Pattern
 from .geometry import Geometry, check_groups
 from .launch import Index, check, launch_wgrad
 from .settings import channels_last
-from .tiles import load_rows, of_one_row, pixel_offsets, row_offsets, store_block
+from .tiles import add_product, load_rows, of_one_row, pixel_offsets, row_offsets, store_block
 
 
 @triton.jit
@@ -29,16 +29,7 @@ def load_pixels(
     last,
     shift_h,
     shift_w,
-    YH: tl.constexpr,
-    YW: tl.constexpr,
-    XH: tl.constexpr,
-    XW: tl.constexpr,
-    STRIDE_XN: tl.constexpr,
-    STRIDE_XH: tl.constexpr,
-    STRIDE_XW: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    INSIDE: tl.constexpr,
+    image: tl.constexpr,  # YH, YW, XH, XW, strides of x, STRIDE_H and STRIDE_W of the convolution, INSIDE
     EVEN_M: tl.constexpr,
     TAIL_K: tl.constexpr,
     HALF: tl.constexpr,
@@ -47,8 +38,17 @@ def load_pixels(
     """x [HM, columns] where dy's pixels m + HALF + o_m look through each column's tap, shifted by shift_h and shift_w
     [1, columns], zero outside of the image and from pixel `last` on. p_c [1, columns] is where pixel 0 looks. HOISTED:
     m is the first of an image, so that the pixels look the same way every time; masks leave the loop."""
+    YW: tl.constexpr = image[1]
+    XH: tl.constexpr = image[2]
+    XW: tl.constexpr = image[3]
+    STRIDE_XN: tl.constexpr = image[4]
+    STRIDE_XH: tl.constexpr = image[5]
+    STRIDE_XW: tl.constexpr = image[6]
+    STRIDE_H: tl.constexpr = image[7]
+    STRIDE_W: tl.constexpr = image[8]
+    INSIDE: tl.constexpr = image[9]
     HM: tl.constexpr = o_m.shape[0]
-    PIXELS: tl.constexpr = YH * YW
+    PIXELS: tl.constexpr = image[0] * YW
     if HOISTED:
         begin_image = m // PIXELS
         o_pixel = HALF + o_m
@@ -88,26 +88,25 @@ def sum_blocks(
     i_entry,
     first_r,
     first_c,
-    image: tl.constexpr,  # YH, YW, XH, XW, strides of x, STRIDE_H and STRIDE_W of the convolution, INSIDE
+    image: tl.constexpr,  # as for `load_pixels`
     tap: tl.constexpr,  # KW, padding and dilation
-    K: tl.constexpr,
-    N: tl.constexpr,
-    GROUPS: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-    HALVES: tl.constexpr,
-    EVEN_M: tl.constexpr,
-    SPLIT: tl.constexpr,
-    HAS_ALIVE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    layer: tl.constexpr,  # N, K, GROUPS
+    tile: tl.constexpr,  # R, C, BR, BC
+    flags: tl.constexpr,  # HALVES, EVEN_M, SPLIT, HAS_ALIVE, PRECISION
     BM: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """A tile [BR, BC] of each of BLOCKS blocks from i_entry on, which are of one block row: one product."""
-    YH: tl.constexpr = image[0]
-    YW: tl.constexpr = image[1]
+    N: tl.constexpr = layer[0]
+    K: tl.constexpr = layer[1]
+    GROUPS: tl.constexpr = layer[2]
+    R: tl.constexpr = tile[0]
+    C: tl.constexpr = tile[1]
+    BR: tl.constexpr = tile[2]
+    BC: tl.constexpr = tile[3]
+    HALVES: tl.constexpr = flags[0]
+    EVEN_M: tl.constexpr = flags[1]
+    PRECISION: tl.constexpr = flags[4]
     KW: tl.constexpr = tap[0]
     PAD_H: tl.constexpr = tap[1]
     PAD_W: tl.constexpr = tap[2]
@@ -118,7 +117,8 @@ def sum_blocks(
     TAIL_N: tl.constexpr = N % R != 0
     TAIL_K: tl.constexpr = K % C != 0
     HM: tl.constexpr = BM // 2 if HALVES == "depth" else BM
-    HOISTED: tl.constexpr = BM % (YH * YW) == 0 and BR * BC * BLOCKS < 64 * 64  # else registers do not suffice
+    # Where tiles are larger, registers do not suffice.
+    HOISTED: tl.constexpr = BM % (image[0] * image[1]) == 0 and BR * BC * BLOCKS < 64 * 64
     i_row = tl.load(row_ptr + i_entry)
     i_group = i_row // BLOCKS_N
     o_r = first_r + tl.arange(0, BR)
@@ -144,15 +144,15 @@ def sum_blocks(
     for m in range(first, last, BM):
         m1 = m + HM
         b_dy = load_rows(dy_ptr, m, GROUPS * N, o_dy, m_n, (m + o_m < last)[None, :], TAIL_N, EVEN_M)  # [BR, HM]
-        b_x = load_pixels(p_c, m, o_m, m_k, last, shift_h, shift_w, *image, EVEN_M, TAIL_K, 0, HOISTED)
+        b_x = load_pixels(p_c, m, o_m, m_k, last, shift_h, shift_w, image, EVEN_M, TAIL_K, 0, HOISTED)
         if HALVES == "depth":
             b_dy1 = load_rows(dy_ptr, m1, GROUPS * N, o_dy, m_n, (m1 + o_m < last)[None, :], TAIL_N, EVEN_M)
-            b_x1 = load_pixels(p_c, m, o_m, m_k, last, shift_h, shift_w, *image, EVEN_M, TAIL_K, HM, HOISTED)
-        b_dw = tl.dot(b_dy, b_x, b_dw, input_precision=PRECISION)
+            b_x1 = load_pixels(p_c, m, o_m, m_k, last, shift_h, shift_w, image, EVEN_M, TAIL_K, HM, HOISTED)
+        b_dw = add_product(b_dy, b_x, b_dw, PRECISION)
         if HALVES == "depth":
-            b_dw = tl.dot(b_dy1, b_x1, b_dw, input_precision=PRECISION)
+            b_dw = add_product(b_dy1, b_x1, b_dw, PRECISION)
     o_out = o_r[:, None] * C + (o_j * (R * C) + o_c)[None, :]
-    store_block(out_ptr, alive_ptr, b_dw, o_out, i_entry, i_part, nnz, R * C, SPLIT, HAS_ALIVE)
+    store_block(out_ptr, alive_ptr, b_dw, o_out, i_entry, i_part, nnz, R * C, flags[2], flags[3])
 
 
 @triton.jit(do_not_specialize=["nnz", "M", "part"])
@@ -210,23 +210,25 @@ def conv2d_wgrad_kernel(
     programs = tl.cdiv(nnz, BLOCKS) * TILES
     begin = pid % programs // TILES * BLOCKS
     end = tl.minimum(begin + BLOCKS, nnz)
-    tile = pid % TILES
+    part_of_block = pid % TILES
     tensors = (dy_ptr, x_ptr, out_ptr, row_ptr, col_ptr, alive_ptr, nnz, M, part, pid // programs)
-    first = (tile // TILES_C * BR, tile % TILES_C * BC)
+    first = (part_of_block // TILES_C * BR, part_of_block % TILES_C * BC)
     image: tl.constexpr = (YH, YW, XH, XW, STRIDE_XN, STRIDE_XH, STRIDE_XW, STRIDE_H, STRIDE_W, INSIDE)
     tap: tl.constexpr = (KW, PAD_H, PAD_W, DILATION_H, DILATION_W)
-    rest: tl.constexpr = (K, N, GROUPS, R, C, BR, BC, HALVES, EVEN_M, SPLIT, HAS_ALIVE, PRECISION)
+    layer: tl.constexpr = (N, K, GROUPS)
+    tile: tl.constexpr = (R, C, BR, BC)
+    flags: tl.constexpr = (HALVES, EVEN_M, SPLIT, HAS_ALIVE, PRECISION)
     if BLOCKS == 1:
-        sum_blocks(*tensors, begin, *first, image, tap, *rest, BM, 1)
+        sum_blocks(*tensors, begin, *first, image, tap, layer, tile, flags, BM, 1)
     elif of_one_row(row_ptr, begin, begin + BLOCKS - 1, nnz):
-        sum_blocks(*tensors, begin, *first, image, tap, *rest, BM, BLOCKS)
+        sum_blocks(*tensors, begin, *first, image, tap, layer, tile, flags, BM, BLOCKS)
     else:
         for i in range(begin, end, HALF):
             if of_one_row(row_ptr, i, i + HALF - 1, nnz) if HALF > 1 else False:
-                sum_blocks(*tensors, i, *first, image, tap, *rest, MORE, HALF)
+                sum_blocks(*tensors, i, *first, image, tap, layer, tile, flags, MORE, HALF)
             else:
                 for j in range(i, tl.minimum(i + HALF, end)):
-                    sum_blocks(*tensors, j, *first, image, tap, *rest, MORE, 1)
+                    sum_blocks(*tensors, j, *first, image, tap, layer, tile, flags, MORE, 1)
 
 
 # Launchers

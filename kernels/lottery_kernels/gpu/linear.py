@@ -17,7 +17,7 @@ from torch import Tensor
 from ..pattern import Pattern, alive_only
 from .launch import Index, Lines, check, launch_product, launch_wgrad
 from .settings import Target, row_major
-from .tiles import grouped_tile, load_rows, of_one_row, row_offsets, store_block, store_tile
+from .tiles import add_product, grouped_tile, load_rows, of_one_row, row_offsets, store_block, store_tile
 
 
 @triton.jit
@@ -142,11 +142,11 @@ def linear_product_kernel(
             following1 = (following + 1) // PER_BLOCK
             i_block1 = tl.load(block_ptr + following1)
             i_entry1 = tl.load(entry_ptr + following1) if TRANSPOSED else following1
-        b_y = tl.dot(b_x, b_b, b_y, input_precision=PRECISION)
+        b_y = add_product(b_x, b_b, b_y, PRECISION)
         if HALVES == "depth":
-            b_y = tl.dot(b_x1, b_b1, b_y, input_precision=PRECISION)
+            b_y = add_product(b_x1, b_b1, b_y, PRECISION)
         if HALVES == "rows":
-            b_y1 = tl.dot(b_x1, b_b, b_y1, input_precision=PRECISION)
+            b_y1 = add_product(b_x1, b_b, b_y1, PRECISION)
         if HALVES == "steps":
             if LINES > 1:  # noqa: SIM102
                 if i + 1 == line_end:
@@ -155,7 +155,7 @@ def linear_product_kernel(
                     b_y = tl.zeros((HM, BN), dtype=tl.float32)
                     line = tl.load(line_ptr + (i + 1) // PER_BLOCK)
                     line_end = end_of_line(begin_ptr, line, last_step, PER_BLOCK)
-            b_y = tl.dot(b_x1, b_b1, b_y, input_precision=PRECISION)
+            b_y = add_product(b_x1, b_b1, b_y, PRECISION)
         if LINES > 1:  # noqa: SIM102
             if i + STEPS == line_end:
                 n = line * BLOCK_N + first_n
@@ -170,7 +170,7 @@ def linear_product_kernel(
         i_entry = tl.load(entry_ptr + entry) if TRANSPOSED else entry
         b_x = tl.load(x_ptr + outer + o_x, mask=(outer + o_k < K)[None, :] if TAIL_K else None, other=OTHER)
         b_b = tl.load(values_ptr + tl.cast(i_entry, tl.int64) * (BLOCK_K * BLOCK_N) + o_b)
-        b_y = tl.dot(b_x, b_b, b_y, input_precision=PRECISION)
+        b_y = add_product(b_x, b_b, b_y, PRECISION)
     n = line * BLOCK_N + first_n
     store_tile(y_ptr, bias_ptr, b_y, b_y1, n, N - n, o_n, at, EVEN_M, EVEN_N, HAS_BIAS, RELU, HALVES)
 
@@ -190,23 +190,24 @@ def sum_blocks(
     i_entry,
     first_r,
     first_c,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    STRIDE_DY: tl.constexpr,
-    STRIDE_X: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
+    layer: tl.constexpr,  # N, K, STRIDE_DY, STRIDE_X
+    tile: tl.constexpr,  # R, C, BR, BC
+    flags: tl.constexpr,  # HALVES, EVEN_M, SPLIT, HAS_ALIVE, PRECISION
     BM: tl.constexpr,
     BLOCKS: tl.constexpr,
-    HALVES: tl.constexpr,
-    EVEN_M: tl.constexpr,
-    SPLIT: tl.constexpr,
-    HAS_ALIVE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """A tile [BR, BC] of each of BLOCKS blocks from i_entry on, which are of one block row: one product."""
+    N: tl.constexpr = layer[0]
+    K: tl.constexpr = layer[1]
+    STRIDE_DY: tl.constexpr = layer[2]
+    STRIDE_X: tl.constexpr = layer[3]
+    R: tl.constexpr = tile[0]
+    C: tl.constexpr = tile[1]
+    BR: tl.constexpr = tile[2]
+    BC: tl.constexpr = tile[3]
+    HALVES: tl.constexpr = flags[0]
+    EVEN_M: tl.constexpr = flags[1]
+    PRECISION: tl.constexpr = flags[4]
     TAIL_N: tl.constexpr = N % R != 0
     TAIL_K: tl.constexpr = K % C != 0
     HM: tl.constexpr = BM // 2 if HALVES == "depth" else BM
@@ -236,11 +237,11 @@ def sum_blocks(
             m_m1 = m + HM + o_m < last
             b_dy1 = load_rows(dy_ptr, m + HM, STRIDE_DY, o_dy, m_n, m_m1[None, :], TAIL_N, EVEN_M)
             b_x1 = load_rows(p_x, m + HM, STRIDE_X, o_x, m_k, m_m1[:, None], TAIL_K, EVEN_M)
-        b_dw = tl.dot(b_dy, b_x, b_dw, input_precision=PRECISION)
+        b_dw = add_product(b_dy, b_x, b_dw, PRECISION)
         if HALVES == "depth":
-            b_dw = tl.dot(b_dy1, b_x1, b_dw, input_precision=PRECISION)
+            b_dw = add_product(b_dy1, b_x1, b_dw, PRECISION)
     o_out = o_r[:, None] * C + (o_j * (R * C) + o_c)[None, :]
-    store_block(out_ptr, alive_ptr, b_dw, o_out, i_entry, i_part, nnz, R * C, SPLIT, HAS_ALIVE)
+    store_block(out_ptr, alive_ptr, b_dw, o_out, i_entry, i_part, nnz, R * C, flags[2], flags[3])
 
 
 @triton.jit(do_not_specialize=["nnz", "M", "part"])
@@ -283,22 +284,23 @@ def linear_wgrad_kernel(
     programs = tl.cdiv(nnz, BLOCKS) * TILES
     begin = pid % programs // TILES * BLOCKS
     end = tl.minimum(begin + BLOCKS, nnz)
-    tile = pid % TILES
+    part_of_block = pid % TILES
     tensors = (dy_ptr, x_ptr, out_ptr, row_ptr, col_ptr, alive_ptr, nnz, M, part, pid // programs)
-    first = (tile // TILES_C * BR, tile % TILES_C * BC)
-    sizes: tl.constexpr = (N, K, STRIDE_DY, STRIDE_X, R, C, BR, BC)
+    first = (part_of_block // TILES_C * BR, part_of_block % TILES_C * BC)
+    layer: tl.constexpr = (N, K, STRIDE_DY, STRIDE_X)
+    tile: tl.constexpr = (R, C, BR, BC)
     flags: tl.constexpr = (HALVES, EVEN_M, SPLIT, HAS_ALIVE, PRECISION)
     if BLOCKS == 1:
-        sum_blocks(*tensors, begin, *first, *sizes, BM, 1, *flags)
+        sum_blocks(*tensors, begin, *first, layer, tile, flags, BM, 1)
     elif of_one_row(row_ptr, begin, begin + BLOCKS - 1, nnz):
-        sum_blocks(*tensors, begin, *first, *sizes, BM, BLOCKS, *flags)
+        sum_blocks(*tensors, begin, *first, layer, tile, flags, BM, BLOCKS)
     else:
         for i in range(begin, end, HALF):
             if of_one_row(row_ptr, i, i + HALF - 1, nnz) if HALF > 1 else False:
-                sum_blocks(*tensors, i, *first, *sizes, MORE, HALF, *flags)
+                sum_blocks(*tensors, i, *first, layer, tile, flags, MORE, HALF)
             else:
                 for j in range(i, tl.minimum(i + HALF, end)):
-                    sum_blocks(*tensors, j, *first, *sizes, MORE, 1, *flags)
+                    sum_blocks(*tensors, j, *first, layer, tile, flags, MORE, 1)
 
 
 # Launchers

@@ -52,6 +52,16 @@ def load_rows(ptr, m, STRIDE: tl.constexpr, o, m_features, m_rows, TAIL: tl.cons
 
 
 @triton.jit
+def add_product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a · b. In exact fp32 the product is summed by itself first: rounding errors then grow with the number of
+    steps, not with that of the products in them."""
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        return tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, acc)  # `+` would be merged into the product again
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def store_tile(
     y_ptr,
     bias_ptr,
