@@ -282,10 +282,14 @@ class SparseLinear(SparseLayer):
         if not shape or shape[-1] != self.in_features:
             raise ValueError(f"input has shape {tuple(shape)}, the layer takes [..., in_features={self.in_features}]")
         linear = reference.linear if operators.transformed() else operators.linear
+        # A module's own lookup is slow, but parametrized layers and replicas of DataParallel need it.
+        own: dict[str, Any] = self._parameters
+        held = "values" in own and "bias" in own
+        values, bias = (own["values"], own["bias"]) if held else (self.values, self.bias)
         if len(shape) == 2:
-            return linear(input, self.values, self.bias, pattern.index, pattern.weight_shape)
+            return linear(input, values, bias, pattern.index, pattern.weight_shape)
         flat = input.reshape(math.prod(shape[:-1]), self.in_features)
-        y = linear(flat, self.values, self.bias, pattern.index, pattern.weight_shape)
+        y = linear(flat, values, bias, pattern.index, pattern.weight_shape)
         return y.reshape(*shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -158,6 +158,20 @@ def test_same_bits_for_any_number_of_threads(threads, block, batch):
         assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("batch", [60, 130])  # summed in one part, and in two
+@pytest.mark.parametrize("rows", [slice(0, 0), slice(0, 290), slice(10, 300), slice(140, 160)])
+def test_gradients_of_single_weights_that_several_threads_put_in_place(threads, rows, batch):
+    mask = torch.rand(300, 900) < 0.9
+    mask[rows] = mask[rows] & (torch.rand(mask[rows].shape) < 0.02)
+    mask[rows.start] = False
+    case = Case(300, 900, batch, mask=mask)
+    expected = case.expected()
+    for count in (1, 2, 8):
+        torch.set_num_threads(count)
+        for found, wanted in zip(case.found(), expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
 LAYOUTS = {
     "batch innermost": lambda x: x.T.contiguous().T,
     "one panel wide": lambda x: x[:16].T.contiguous().T.repeat(4, 1)[:60],

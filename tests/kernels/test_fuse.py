@@ -68,6 +68,19 @@ def test_all_pruned_and_full_masks(block, density):
     assert_same_bits(model, x, dy)
 
 
+@pytest.mark.parametrize("content", [3.0, torch.nan])
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_dead_positions_neither_act_nor_receive_gradients(density, content):
+    model = mlp((4, 4), density)
+    x, dy = torch.randn(60, 45, dtype=torch.float64), torch.randn(60, 10, dtype=torch.float64)
+    clean = step(model, x, dy)
+    with torch.no_grad():
+        for layer in (module for module in model if isinstance(module, SparseLinear)):
+            layer.values[~layer.pattern.alive] = content
+    assert runs_fused(model, x)
+    assert all(torch.equal(*pair) for pair in zip(step(model, x, dy), clean, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_layer_too_wide_for_the_cache(dtype):
     model = mlp(sizes=(50, 6000, 10), dtype=dtype, density=0.05)

@@ -3,12 +3,17 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 from lottery_kernels import SparseConv2d, SparseLinear
 from tests.kernels.layer_cases import BLOCKS, LAYERS, assert_same_training, dense_masked, sparse_conv, sparse_linear
 
 # Results
+
+
+class Doubled(nn.Module):
+    def forward(self, parameter: torch.Tensor) -> torch.Tensor:
+        return 2 * parameter
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
@@ -23,6 +28,13 @@ def test_training_equals_dense_masked(make, shape, block, density):
 def test_linear_takes_any_leading_shape(shape):
     layer = sparse_linear()
     assert_same_training(layer, dense_masked(layer), torch.randn(shape, dtype=torch.float64))
+
+
+def test_a_parametrized_bias_is_the_one_that_counts():
+    layer, x = sparse_linear(), torch.randn(5, 13, dtype=torch.float64)
+    expected = layer(x) + layer.bias
+    parametrize.register_parametrization(layer, "bias", Doubled())
+    torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize(("make", "shape"), LAYERS)

@@ -132,13 +132,32 @@ def test_derivatives_of_second_order(make, block):
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-def test_dead_positions_neither_act_nor_receive_gradients():
-    case = linear_case((4, 4), density=0.2)
-    assert case.pattern.alive is not None
-    polluted = torch.where(case.pattern.alive, case.values, torch.nan).requires_grad_()
-    y = case.sparse(case.x, polluted, None)
-    torch.testing.assert_close(y, case.dense(case.x, case.weight, None))
-    (dvalues,) = torch.autograd.grad(y.sum(), polluted)
+@pytest.mark.parametrize("content", [0.0, 3.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("density", [0.2, 1.0])  # dead where the mask is finer; only outside the weight
+@pytest.mark.parametrize("make", [linear_case, conv_case])
+def test_dead_positions_neither_act_nor_receive_gradients(make, density, content):
+    case = make((4, 4), density=density)
+    dead = ~case.pattern.alive
+    polluted = torch.where(dead, content, case.values).requires_grad_()
+    before = polluted.detach().clone()
+    x, exact_x = (case.x.clone().requires_grad_() for _ in range(2))
+    y, exact = case.sparse(x, polluted, None), case.dense(exact_x, case.weight, None)
+    torch.testing.assert_close(y, exact)
+    cotangent = torch.randn_like(exact)
+    dx, dvalues = torch.autograd.grad(y, (x, polluted), cotangent)
+    torch.testing.assert_close(dx, *torch.autograd.grad(exact, exact_x, cotangent))
+    assert (dvalues[dead] == 0).all()
+    torch.testing.assert_close(polluted.detach(), before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("make", [linear_case, conv_case])
+def test_dead_positions_receive_no_gradient_of_infinite_activations(make):
+    """A product with the zeros around a weight would be NaN."""
+    case = make((4, 4), density=1.0)
+    case.x[0] = torch.inf
+    values = case.values.requires_grad_()
+    y = case.sparse(case.x, values, None)
+    (dvalues,) = torch.autograd.grad(y, values, torch.full_like(y, torch.inf))
     assert (dvalues[~case.pattern.alive] == 0).all()
 
 

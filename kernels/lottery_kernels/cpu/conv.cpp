@@ -213,7 +213,8 @@ Tensor conv2d_wgrad(const Tensor& dy, const Tensor& x, at::TensorList index, at:
   check_output("dy", dy, weight, x.size(0));
   Tensor dvalues = at::empty({weight.nnz(), weight.r, weight.c}, x.options()), none;
   backward(batch_innermost(dy), none, batch_innermost(x), none, weight, none, dvalues, none);
-  return weight.alive_only(dvalues);
+  clear_dead(weight.alive, dvalues);
+  return dvalues;
 }
 
 // dx, dvalues and dbias in one pass over dy; what `wanted` leaves out comes back with no elements. With `relu`, the
@@ -247,8 +248,9 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dy, const Tenso
   if (wanted[0] || wanted[1])
     backward(from, in_pass ? y : none, wanted[1] ? batch_innermost(x) : x,
              wanted[0] ? weight.alive_only(values) : none, weight, dx, dvalues, in_pass ? dbias : none);
+  if (wanted[1]) clear_dead(weight.alive, dvalues);
   const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, dy.options()); };
-  return {or_empty(dx), wanted[1] ? weight.alive_only(dvalues) : or_empty(dvalues), or_empty(dbias)};
+  return {or_empty(dx), or_empty(dvalues), or_empty(dbias)};
 }
 
 // Shapes and strides of conv2d_backward, for torch.compile; the batch and the number of blocks may be symbolic.

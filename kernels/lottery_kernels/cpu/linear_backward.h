@@ -72,19 +72,47 @@ struct BackwardPass {
     ordered = to;
   }
 
-  // Adds the parts of the gradients [begin, end) up, and puts those of single weights where they belong.
-  void place(int64_t parts, int64_t begin, int64_t end) const {
-    if (!size() || (parts == 1 && !single())) return;
-    const S *first = value_sums(0, parts), *second = value_sums(parts - 1, parts);
-    for (int64_t k = begin; k < end; ++k)
-      wanted.dvalues[single() ? weight.columns.position[k] : k] = parts == 1 ? first[k] : first[k] + second[k];
-  }
-
+  // Adds the parts of the gradients up, and puts those of single weights where they belong.
   void finish(int64_t parts) const {
     if (wanted.dbias && parts == 2)
       for (int64_t f = 0; f < weight.out; ++f) wanted.dbias[f] += bias_sums(1)[f];
-    in_shares(single() ? 4 * size() : size() / kLanes<S>,
-              [&](int64_t i, int64_t n) { place(parts, size() * i / n, size() * (i + 1) / n); });
+    if (!size()) return;
+    if (single()) {
+      in_shares(size() / 2, [&](int64_t i, int64_t n) {
+        if (n == 1) place(parts, 0, size());
+        else place_rows(parts, row_at(size() * i / n), row_at(size() * (i + 1) / n));
+      });
+    } else if (parts == 2) {
+      in_shares(size() / kLanes<S>, [&](int64_t i, int64_t n) {
+        const S* second = value_sums(1, parts);
+        for (int64_t k = size() * i / n; k < size() * (i + 1) / n; ++k) wanted.dvalues[k] += second[k];
+      });
+    }
+  }
+
+ private:
+  // The first row that begins at live weight k or behind it.
+  int64_t row_at(int64_t k) const {
+    const int32_t* ptr = weight.rows.ptr;
+    return std::lower_bound(ptr, ptr + weight.rows.lines, k) - ptr;
+  }
+
+  // Gradients [begin, end) of single weights, in the order of the columns, to where they belong.
+  void place(int64_t parts, int64_t begin, int64_t end) const {
+    const S *first = value_sums(0, parts), *second = value_sums(parts - 1, parts);
+    for (int64_t k = begin; k < end; ++k)
+      wanted.dvalues[weight.columns.position[k]] = parts == 1 ? first[k] : first[k] + second[k];
+  }
+
+  // Those in rows [begin, end), which belong side by side: were threads to share out columns, each would have to fetch
+  // the cache lines that another has just written.
+  void place_rows(int64_t parts, int64_t begin, int64_t end) const {
+    const Entries& columns = weight.columns;
+    for (int64_t column = 0; column < columns.lines; ++column) {
+      const int32_t *from = columns.other + columns.ptr[column], *last = columns.other + columns.ptr[column + 1];
+      const int32_t* const first = std::lower_bound(from, last, begin);
+      place(parts, first - columns.other, std::lower_bound(first, last, end) - columns.other);
+    }
   }
 };
 
@@ -213,7 +241,7 @@ void each_panel(int64_t panels, int64_t part, int64_t parts, const Visit& visit)
   for (int64_t p = end - 1; p >= begin; --p) visit(p, p == end - 1);
 }
 
-// One layer, all of whose sums have their place. A single part is placed at once.
+// One layer, all of whose sums have their place.
 template <class S, int V>
 void backward_shares(const BackwardPass<S>& pass) {
   const auto dy = pass.template panels<V>();
@@ -226,7 +254,6 @@ void backward_shares(const BackwardPass<S>& pass) {
       each_panel(count, part, parts, [&](int64_t p, bool first) {
         PanelBackward<S, V>(pass, p, dy[p], pass.wanted.dx, part, parts, !first).run(range);
       });
-      if (parts == 1) pass.place(parts, pass.weight.columns.ptr[range.begin], pass.weight.columns.ptr[range.end]);
     }
   });
 }
@@ -280,7 +307,7 @@ void backward(std::vector<BackwardPass<S>>& passes) {
   } else {
     for (const auto& pass : passes) {
       backward_shares<S, V>(pass);
-      if (parts > 1) pass.finish(parts);
+      pass.finish(parts);
     }
   }
 }

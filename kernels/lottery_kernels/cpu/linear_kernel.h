@@ -114,8 +114,9 @@ struct ForwardPass {
     const S* panel = panels[p];
     const int64_t stride = panels.stride();
     const auto source = [&](int64_t k) { return panel + int64_t(weight.rows.other[k]) * block.ins * stride; };
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t o = row * weight.r;
+    for (int64_t i = begin; i < end; ++i) {
+      // every other panel backwards: threads on neighbouring panels then do not write into the same cache lines at once
+      const int64_t row = p % 2 ? begin + end - 1 - i : i, o = row * weight.r;
       for (int64_t out = 0; out < weight.r; ++out) prefetch_row<S, T>(y, p, o + out);
       multiply_line<S, V>(
           weight.rows, row, values, block, stride, source,
