@@ -78,10 +78,11 @@ struct BackwardPass {
       for (int64_t f = 0; f < weight.out; ++f) wanted.dbias[f] += bias_sums(1)[f];
     if (!size()) return;
     if (single()) {
-      in_shares(size() / 2, [&](int64_t i, int64_t n) {
-        if (n == 1) place(parts, 0, size());
-        else place_rows(parts, row_at(size() * i / n), row_at(size() * (i + 1) / n));
-      });
+      // Few are left to one thread: threads that share out columns scatter into the same cache lines, and each would
+      // fetch what the other has just written.
+      constexpr int64_t kFew = 32 << 10;
+      in_shares(size() <= kFew ? 0 : 4 * size(),
+                [&](int64_t i, int64_t n) { place(parts, size() * i / n, size() * (i + 1) / n); });
     } else if (parts == 2) {
       in_shares(size() / kLanes<S>, [&](int64_t i, int64_t n) {
         const S* second = value_sums(1, parts);
@@ -91,28 +92,11 @@ struct BackwardPass {
   }
 
  private:
-  // The first row that begins at live weight k or behind it.
-  int64_t row_at(int64_t k) const {
-    const int32_t* ptr = weight.rows.ptr;
-    return std::lower_bound(ptr, ptr + weight.rows.lines, k) - ptr;
-  }
-
   // Gradients [begin, end) of single weights, in the order of the columns, to where they belong.
   void place(int64_t parts, int64_t begin, int64_t end) const {
     const S *first = value_sums(0, parts), *second = value_sums(parts - 1, parts);
     for (int64_t k = begin; k < end; ++k)
       wanted.dvalues[weight.columns.position[k]] = parts == 1 ? first[k] : first[k] + second[k];
-  }
-
-  // Those in rows [begin, end), which belong side by side: were threads to share out columns, each would have to fetch
-  // the cache lines that another has just written.
-  void place_rows(int64_t parts, int64_t begin, int64_t end) const {
-    const Entries& columns = weight.columns;
-    for (int64_t column = 0; column < columns.lines; ++column) {
-      const int32_t *from = columns.other + columns.ptr[column], *last = columns.other + columns.ptr[column + 1];
-      const int32_t* const first = std::lower_bound(from, last, begin);
-      place(parts, first - columns.other, std::lower_bound(first, last, end) - columns.other);
-    }
   }
 };
 
