@@ -11,6 +11,7 @@ with those of the dense masked one.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -23,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.bench_gpu import LAYERS
+from benchmarks.bench_gpu import LAYERS, blocks_of
 from benchmarks.timing import Times
 from lottery_kernels import sparsify
 from lth.cuda_graph import record
 from lth.models import NETWORKS
-from tests.gpu.cases import Layer, check, precision
+from tests.gpu.cases import BLOCKS, Layer, check, precision
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,17 +37,9 @@ pytestmark = [
 ]
 TURNS = 15
 REPEATS = 8  # of a layer's pass in one graph
-BLOCKS = (16, 32, 64, 128)
 SHARE = 0.05  # of blocks that are live
-SHARES = (0.2, 0.1, 0.05, 0.03)
-BY_SHARE = ("linear 4096", "VGG-19 512, 4x4")
-CASES = [
-    (name, block, SHARE)
-    for name, layer in LAYERS.items()
-    for block in BLOCKS
-    if block <= min(layer.weight_shape[:2]) // 2
-]
-CASES += [(name, 32, share) for name in BY_SHARE for share in SHARES if share != SHARE]
+CASES = [(name, block, SHARE) for name, layer in LAYERS.items() for block in blocks_of(layer)]
+CASES += [(name, 32, share) for name in ("linear 4096", "VGG-19 512, 4x4") for share in (0.2, 0.1, 0.03)]
 
 
 @pytest.fixture(autouse=True)
@@ -100,15 +93,21 @@ def dense_passes(layer: Layer) -> dict[str, Callable[[], Tensor]]:
 
 @functools.cache
 def drawn(name: str) -> dict[str, Tensor]:
-    """The same for all blocks and shares."""
     return LAYERS[name].tensors("cuda")
+
+
+@contextlib.contextmanager
+def drawn_once(name: str) -> Iterator[dict[str, Tensor]]:
+    """The tensors of a layer, meanwhile the same for all blocks and shares: drawing takes longer than all else."""
+    tensors = drawn(name)
+    with mock.patch.object(Layer, "tensors", lambda self, device: tensors):
+        yield tensors
 
 
 @pytest.mark.parametrize(("name", "block", "share"), CASES)
 def test_layer(tables, name: str, block: int, share: float) -> None:
     layer = replace(LAYERS[name], block=(block, block), density=share)
-    tensors = drawn(name)
-    with mock.patch.object(Layer, "tensors", lambda self, device: tensors):
+    with drawn_once(name):
         sparse, dense = layer.sparse("cuda"), dense_passes(layer)
         exact, torchs = (layer.dense(compute, "cuda") for compute in (lambda t: t.double(), lambda t: t.clone()))
     for key, compute in sparse.items():
@@ -137,8 +136,8 @@ def _sum(times: list[Times]) -> Times:
 def test_forward_beside_pytorchs_block_sparse_product(tables, name: str, block: int) -> None:
     from torch.sparse._triton_ops import bsr_dense_addmm
 
-    layer, tensors = replace(LAYERS[name], block=(block, block), density=SHARE), drawn(name)
-    with mock.patch.object(Layer, "tensors", lambda self, device: tensors):
+    layer = replace(LAYERS[name], block=(block, block), density=SHARE)
+    with drawn_once(name) as tensors:
         ours = layer.sparse("cuda")["y"]
     pattern = layer.pattern().to("cuda")
     packed = pattern.pack(tensors["weight"])

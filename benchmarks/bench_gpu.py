@@ -49,7 +49,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tests.gpu.cases import Layer, precision
+from tests.gpu.cases import BLOCKS, Layer, precision
 from tests.gpuless.driver import Launch, stand_in
 
 from .gpu_floors import CARDS, bound, instructions_for_tiling, least, least_for_tiling, proportional
@@ -85,7 +85,6 @@ HEADS = (
     *("layer, block", "(a) live", "matrix", "all / (b)", "/ (b2)", "least / (b)", "floor", "sectors / (b)", "/ (c)"),
     *("/ (d)", "all / (e)", "sectors / (e)", "bound A100", "H100"),
 )
-BLOCKS = (16, 32, 64, 128)
 PER_LAYER = "linear 2048"  # whose passes are listed one by one
 IN_TF32 = "linear 1024"  # which is also counted in fp32 by tf32
 
@@ -126,6 +125,11 @@ def dense_kernel(
         p_a += BK * ak
         p_b += BK * bk
     tl.store(c_ptr + o_m[:, None] * N + o_n[None, :], b_c.to(c_ptr.dtype.element_ty))
+
+
+def blocks_of(layer: Layer) -> list[int]:
+    """Sizes of which the layer holds two in each direction."""
+    return [b for b in BLOCKS if b <= min(layer.weight_shape[:2]) // 2]
 
 
 def counted(run: Callable[[], Any], sample: Callable[[Launch], list[int]], kind: str = "bf16") -> Counts:
@@ -266,9 +270,7 @@ def table(only: str, jobs: int) -> Iterator[str]:
         waiting = []
         for title, layers, lines in tables:
             for name, layer in layers.items():
-                blocks = [
-                    b for b in BLOCKS if b <= min(layer.weight_shape[:2]) // 2 and only in f"{title}, {name}, {b}"
-                ]
+                blocks = [b for b in blocks_of(layer) if only in f"{title}, {name}, {b}"]
                 if blocks:
                     waiting.append((title, pool.submit(_lines_of_layer, lines, name, layer, blocks)))
         for title, group in itertools.groupby(waiting, lambda pair: pair[0]):

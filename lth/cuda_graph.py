@@ -251,10 +251,7 @@ def _let_go_of_graphs(model: nn.Module | None) -> None:
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards the model's buffers and all random generators are as before.
-
-    Not after an error: the training ends there, and after a capture that failed a generator cannot be set.
-    """
+    """Afterwards the model's buffers and all random generators are as before; after an error training ends."""
     buffers, random = [(buffer, buffer.clone()) for buffer in model.buffers()], random_state()
     yield
     for buffer, value in buffers:

@@ -1,9 +1,10 @@
 """Launch settings that were measured on this machine's GPU, kept in a file. Only with LOTTERY_KERNELS_TUNE=1.
 
-The tables of `settings.py` are reasoned, not measured. Here the search starts from a table's tile, measures the tiles
-that differ from it in one setting, goes on from the fastest, and ends where no neighbour is faster. What was found is
-kept by GPU, version of Triton, kernel, types, block and sizes (rounded up to powers of two), and used from then on. A
-tile decides the order of sums, so tuning changes the last bits of results: once, for as long as the file lives.
+The tables of `settings.py` are reasoned, not measured, unless they say so. Here the search starts from a table's tile,
+measures the tiles that differ from it in one setting, goes on from the fastest, and ends where no neighbour is faster.
+What was found is kept by GPU, version of Triton, kernel, types, block and sizes (rounded up to powers of two), and used
+from then on. A tile decides the order of sums, so tuning changes the last bits of results: once, for as long as the
+file lives.
 """
 
 from __future__ import annotations
