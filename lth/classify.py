@@ -73,7 +73,7 @@ def classification(
         augment: kinds of `lth.augment.Augmented`, of training batches only.
         schedule: of the learning rate, which is constant without one.
         autocast: the type that networks compute in, training and judged; None: that of their weights.
-        graph: whether a whole step is captured in a CUDA graph.
+        graph: whether steps are recorded and replayed, on a GPU whole in a CUDA graph.
     """
     shape = dataset.train.x.shape[1:]
     batches = Shuffled((dataset.train.x, dataset.train.y), batch_size)

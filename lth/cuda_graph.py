@@ -14,16 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from lth.batches import like, tensors_of
 from lth.seeds import random_state, restore_random_state
-from lth.train import EagerStep, Losses, Step, Task, Training, diverged, named
+from lth.train import Losses, Step, Task, Training, diverged, named
 
 CHECK_EVERY = 100  # steps between two looks at the gate
 WARM_UP = 3  # runs before a capture: what is made, compiled or chosen once must not be part of it
-
-
-def stepper(task: Task, training: Training, order_seed: int, stage: object) -> Step:
-    """The steps of a training, as its task wants them run."""
-    return (CapturedStep if task.graph else EagerStep)(task, training, order_seed, stage)
 
 
 class Gate:
@@ -132,9 +128,9 @@ class GatedStep(Step):
         iteration, batches = self.training.iteration, self.task.batches
         if self._batch is None:
             batch = batches(iteration, self.order_seed)
-            self._batch = _like(batch, [tensor.to(self.device, copy=True) for tensor in _tensors(batch)])
+            self._batch = like(batch, [tensor.to(self.device, copy=True) for tensor in tensors_of(batch)])
         elif (fill := getattr(batches, "fill", None)) is not None:
-            fill(iteration, self.order_seed, _tensors(self._batch))
+            fill(iteration, self.order_seed, tensors_of(self._batch))
         else:
             _copy(batches(iteration, self.order_seed), self._batch, iteration)
         for i, group in enumerate(self._groups):
@@ -168,7 +164,6 @@ class CapturedStep(GatedStep):
 
     def __init__(self, task: Task, training: Training, order_seed: int, stage: object) -> None:
         super().__init__(task, training, order_seed, stage)
-        self._check_device()
         self._replay: Callable[[], None] | None = None
         self._captured_with: list[dict[str, Any]] = []
 
@@ -194,10 +189,6 @@ class CapturedStep(GatedStep):
                     "captured step only the learning rate can change; graph=False runs it step by step"
                 )
         self._replay()
-
-    def _check_device(self) -> None:
-        if self.device.type != "cuda":
-            raise ValueError(f"graph: True, but the model is on {self.device}; a CUDA graph takes a model on a GPU")
 
     def _record(self) -> Callable[[], None]:
         generator = torch.cuda.default_generators[self.device.index]
@@ -290,25 +281,8 @@ def _fixed_options(group: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tensors(batch: Any) -> list[Tensor]:
-    parts = [batch] if isinstance(batch, Tensor) else list(batch.values() if isinstance(batch, Mapping) else batch)
-    if not all(isinstance(part, Tensor) for part in parts):
-        held = ", ".join(sorted({type(part).__name__ for part in parts}))
-        raise TypeError(f"graph: a batch holds {held}; it takes a tensor, or a tuple, list or dict of tensors")
-    return parts
-
-
-def _like(batch: Any, tensors: list[Tensor]) -> Any:
-    """`tensors` held as `batch` holds its own."""
-    if isinstance(batch, Tensor):
-        return tensors[0]
-    if isinstance(batch, Mapping):
-        return dict(zip(batch, tensors, strict=True))
-    return tuple(tensors) if isinstance(batch, tuple) else tensors
-
-
 def _copy(batch: Any, into: Any, iteration: int) -> None:
-    given, taken = _tensors(batch), _tensors(into)
+    given, taken = tensors_of(batch), tensors_of(into)
     shapes, expected = ([tuple(tensor.shape) for tensor in tensors] for tensors in (given, taken))
     if shapes != expected:
         raise ValueError(f"graph: the batch of iteration {iteration} has shapes {shapes}; the step takes {expected}")

@@ -80,7 +80,10 @@ def choices() -> list[Finding]:
         Finding("--device cpu", f"{cpp} (the default)"),
         Finding("--device cuda", _on_cuda(off)),
         Finding("--precision auto", "fp32 on the CPU, bf16 by autocast on a GPU; fp32 and bf16 can be asked for there"),
-        Finding("--no-graph", "a GPU's steps kernel by kernel; without it they are captured in a CUDA graph"),
+        Finding(
+            "--no-graph",
+            "steps as they are; without it they are recorded and replayed, on a GPU in a CUDA graph",
+        ),
         Finding(
             "--kernels auto", "times every layer sparse and dense masked, once a round, keeps the faster (the default)"
         ),

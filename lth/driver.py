@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lth.cuda_graph import stepper
 from lth.events import Observer, Plan, PlannedStage
 from lth.masked import any_sparse, choose_kernels, dense_weights, densely, mask_as_chosen, unmasked, with_exempt
 from lth.plan import Search
 from lth.prune import Layer, Masks, at_random, by_magnitude, density_of, full_masks, weight_key
 from lth.seeds import derive, seed_all
+from lth.stepper import captures, stepper
 from lth.store import TICKET, Run, Stage, StageFiles
 from lth.timing import side_by_side
 from lth.train import Task, Training, as_numbers, computing_in, evaluating, synchronize, train
@@ -128,8 +128,9 @@ class Driver:
             return {**ticket, "sampled": None}
         example = self.task.example(self.task.batches(0, self._seed(stage, "order"))) if asked == "auto" else None
         model = self._model(stage, weights)
-        with computing_in(self.task.autocast, next(model.parameters()).device):
-            kernels = choose_kernels(model, masks, self.layers, asked, example, self.task.graph)
+        device = next(model.parameters()).device
+        with computing_in(self.task.autocast, device):
+            kernels = choose_kernels(model, masks, self.layers, asked, example, captures(self.task, device))
         if not any_sparse(kernels):
             return {**kernels, "sampled": None}
         whole = with_exempt(kernels, self._model(stage, weights), self.layers[0].block) if asked == "auto" else None

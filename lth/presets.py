@@ -63,7 +63,7 @@ class Settings:
     eval_every: int = 100  # iterations between evaluations
     device: str = "cpu"  # cpu or cuda
     precision: str = "auto"  # fp32, or bf16 by autocast, on a GPU only; auto: bf16 on a GPU, fp32 on the CPU
-    graph: bool = True  # whether a GPU's training step is captured whole in a CUDA graph
+    graph: bool = True  # whether training steps are recorded and replayed, on a GPU whole in a CUDA graph
     kernels: str = "auto"  # auto measures once a round; sparse; dense (masked PyTorch)
 
 
@@ -173,7 +173,7 @@ def make(settings: Settings, data_dir: Path | None = None) -> tuple[Task, Search
         _listed(settings.augment),
         schedule,
         autocast=torch.bfloat16 if on_gpu and settings.precision != "fp32" else None,
-        graph=settings.graph and on_gpu,
+        graph=settings.graph,
     )
     search = replace(search, rate=_rates(settings, task.model()))
     return task, search, {**dataclasses.asdict(settings), **search.settings(), "data_sha256": dataset.digest}, dataset

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,6 +20,7 @@ from lth.events import Observer, Plan
 from lth.masked import mask_as_chosen
 from lth.plan import Search, make_plan
 from lth.prune import layers_of
+from lth.stepper import captures
 from lth.store import TICKET, Run, RunError, Stage, locked
 from lth.train import Losses, Task
 
@@ -139,10 +139,11 @@ def find_ticket(
             what is found.
         resume: continue what `out` holds.
         observer: hears how it goes.
-        graph: capture a whole training step, with its update, in a CUDA graph and replay it. `step` must be device work
-            on its batch that is the same whatever it computes: no `.item()`, no branch on a value, no random numbers
-            but the device generator's. Optimizers must be fused. A loss that is not finite still stops the run, with
-            the weights that went before it, but up to 100 steps later.
+        graph: record a whole training step, with its update, and replay it: on a GPU in a CUDA graph, on a CPU operator
+            by operator, which saves small nets more than half of a step. `step` must be the same work on its batch
+            whatever it computes: no `.item()`, no branch on a value, no random numbers but torch's of the device. On a
+            GPU optimizers must be fused, and a loss that is not finite still stops the run, with the weights that went
+            before it, but up to 100 steps later.
         **search: as in :class:`lth.plan.Search`: rounds, rate, block, rewind, branches, branch_rounds, replicates,
             seed, eval_every, kernels, checkpoint_seconds.
 
@@ -154,8 +155,6 @@ def find_ticket(
         Diverged: a loss was not finite.
         DamagedFile: a file of the run to resume was truncated or altered.
     """
-    if graph and not torch.cuda.is_available():
-        raise ValueError("graph: True, but PyTorch finds no CUDA device here; it takes False")
     batches = data if callable(data) else _batches(data, batch_size)
     optional: dict[str, Any] = {} if example is None else {"example": example}
     task = Task(
@@ -215,7 +214,7 @@ def plan_search(task: Task, search: Search, directory: Path | None) -> Plan:
     check_draws(task, search, layers)
     if search.rounds:
         check_optimizers(task, search, layers)
-        if search.kernels == "auto" and not task.graph:
+        if search.kernels == "auto" and not captures(task, next(model.parameters()).device):
             check_example(task, search)
     return plan
 

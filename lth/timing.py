@@ -9,6 +9,7 @@ from typing import Any
 
 SECONDS = 0.6  # that all repeats of both sides take together, if a step is short
 STEPS = 50  # in a repeat at most
+WARM_UP = 3  # calls of each: with the third a step that is replayed has been recorded
 
 
 def side_by_side(sparse: Callable[[], Any], dense: Callable[[], Any]) -> dict[str, Any]:
@@ -18,8 +19,9 @@ def side_by_side(sparse: Callable[[], Any], dense: Callable[[], Any]) -> dict[st
         medians `sparse_ms` and `dense_ms`; `speedup`, the median of the repeats' ratios dense / sparse; and their
         `spread`, lowest and highest.
     """
-    _seconds(sparse, 2)
-    both = _seconds(sparse, 1) + min(_seconds(dense, 1), _seconds(dense, 1))
+    for step in (sparse, dense):
+        _seconds(step, WARM_UP)
+    both = _seconds(sparse, 1) + _seconds(dense, 1)
     repeats = 7 if both < SECONDS / 4 else 3
     steps = max(1, min(STEPS, int(SECONDS / repeats / both)))
     times = [(_seconds(sparse, steps) / steps, _seconds(dense, steps) / steps) for _ in range(repeats)]

@@ -43,7 +43,8 @@ class Task:
         conclude: model → more numbers, once, after the last iteration.
         example: batch → what the model is called with, for measuring which kernels are faster.
         first: the model that replicate 0 starts from, in the place of a draw.
-        graph: whether a step is captured in a CUDA graph: see `lth.cuda_graph.CapturedStep` for what it must be then.
+        graph: whether a step is recorded and replayed, on a GPU in a CUDA graph: see `lth.replayed.ReplayedStep` and
+            `lth.cuda_graph.CapturedStep` for what it must be then.
         autocast: the type that the step has autocast compute in, for measuring in it; None: no autocast.
     """
 
@@ -161,19 +162,29 @@ class EagerStep(Step):
 
     def __call__(self) -> None:
         task, training = self.task, self.training
-        losses = task.step(training.model, task.batches(training.iteration, self.order_seed))
-        for name, loss in named(losses).items():
+        for name, loss in self._gradients(task.batches(training.iteration, self.order_seed)).items():
             value = loss.item()
             if not math.isfinite(value):
                 raise diverged(name, value, training.iteration + 1, self.stage)
-        self._require_gradients()
-        for optimizer in training.optimizers:
-            optimizer.step()
-        for parameter in training.parameters:
-            parameter.grad = None  # as zero_grad does, at a twentieth of its time
+        self._update()
         for scheduler in training.schedulers:
             scheduler.step()
         training.iteration += 1
+
+    def _gradients(self, batch: Any) -> Mapping[Any, Tensor]:
+        """Computes the gradients of a step; returns its losses."""
+        losses = named(self.task.step(self.training.model, batch))
+        self._require_gradients()
+        return losses
+
+    def _update(self) -> None:
+        for optimizer in self.training.optimizers:
+            optimizer.step()
+        self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        for parameter in self.training.parameters:
+            parameter.grad = None  # as zero_grad does, at a twentieth of its time
 
 
 def train(

@@ -5,10 +5,12 @@ from .convert import choices, dense_state_dict, densify, sparsify
 from .layers import SparseConv2d, SparseLinear
 from .optimizer_state import dense_optimizer_state_dict, load_dense_optimizer_state_dict
 from .pattern import Grid, Pattern
+from .replay import Replayed
 
 __all__ = [
     "Grid",
     "Pattern",
+    "Replayed",
     "SparseConv2d",
     "SparseLinear",
     "choices",

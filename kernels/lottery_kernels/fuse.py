@@ -16,6 +16,7 @@ from torch.nn.modules import module as torch_module
 
 from . import operators
 from .layers import SparseConv2d, SparseLinear
+from .replay import is_recording
 from .surgery import change_classes
 
 # (modules, i, x) -> (what modules[i:j] make of x, j); None where they had better run one by one.
@@ -88,11 +89,14 @@ def _unobserved(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch_module._has_any_global_hook()
         and not operators.transformed()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._is_torch_function_mode_enabled()
+        and (_no_mode() or is_recording())
         and not torch.is_autocast_enabled("cpu")
         and torch._C._get_tracing_state() is None
     )
+
+
+def _no_mode() -> bool:
+    return not torch._C._len_torch_dispatch_stack() and not torch._C._is_torch_function_mode_enabled()
 
 
 @functools.cache

@@ -18,9 +18,10 @@ from lottery_kernels import SparseLinear, sparsify
 from lth import cuda_graph, masked
 from lth.augment import Augmented
 from lth.classify import Shuffled
-from lth.cuda_graph import CapturedStep, GatedStep
+from lth.cuda_graph import GatedStep
 from lth.events import Observer
 from lth.prune import Layer, full_masks
+from lth.replayed import ReplayedStep
 from lth.store import Stage
 from lth.train import Diverged, EagerStep, Step, Task, Training
 from tests.lth import tiny
@@ -29,6 +30,7 @@ from tests.lth.test_resume import StopAt
 
 RATE = 2.0**-7  # the same number in fp32, in which the device holds it
 KINDS = pytest.mark.parametrize("kind", [GatedStep, RecordedStep])
+KINDS_AND_REPLAYED = pytest.mark.parametrize("kind", [GatedStep, RecordedStep, ReplayedStep])
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "adam": lambda model: torch.optim.Adam(model.parameters(), lr=RATE, fused=True),
     "sgd": lambda model: torch.optim.SGD(
@@ -79,14 +81,14 @@ def assert_same(one: Training, other: Training) -> None:
             assert group["lr"] == group_too["lr"]
 
 
-@KINDS
+@KINDS_AND_REPLAYED
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_takes_the_path_of_the_plain_loop(kind: type[Step], optimizer: str) -> None:
     task = task_of(optimizers=OPTIMIZERS[optimizer])
     assert_same(trained(EagerStep, 20, task), trained(kind, 20, task))
 
 
-@KINDS
+@KINDS_AND_REPLAYED
 def test_sparse_layers_take_it_too(kind: type[Step]) -> None:
     def change(model: nn.Module) -> None:
         masks = {"0": torch.rand(16, 12) < 0.4, "4": torch.rand(3, 16) < 0.6}
@@ -97,7 +99,7 @@ def test_sparse_layers_take_it_too(kind: type[Step]) -> None:
     assert_same(trained(EagerStep, 20, task_of(), change), trained(kind, 20, task_of(), change))
 
 
-@KINDS
+@KINDS_AND_REPLAYED
 def test_rates_follow_a_schedule(kind: type[Step]) -> None:
     def halved(optimizers: list[torch.optim.Optimizer]) -> list[Any]:
         return [torch.optim.lr_scheduler.StepLR(optimizers[0], 3, 0.5)]
@@ -261,17 +263,6 @@ def test_a_schedule_of_what_is_compiled_in_is_refused() -> None:
         trained(RecordedStep, 3, task_of(schedulers=cycled))
 
 
-def test_a_graph_takes_a_model_on_a_gpu() -> None:
-    with pytest.raises(ValueError, match="graph: True, but the model is on cpu"):
-        trained(CapturedStep, 1, task_of())
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_a_graph_without_cuda_is_an_error_before_any_work() -> None:
-    with pytest.raises(ValueError, match="graph: True, but PyTorch finds no CUDA device here"):
-        tiny.search(graph=True)
-
-
 @pytest.fixture
 def recorded_searches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lth.driver.stepper", RecordedStep)
@@ -355,6 +346,7 @@ def test_in_a_graph_whole_captured_steps_decide(monkeypatch: pytest.MonkeyPatch)
         sparse(), dense()
         return {"sparse_ms": 2.0, "dense_ms": 1.0, "speedup": 0.5, "spread": [0.4, 0.6]}
 
+    monkeypatch.setattr("lth.driver.captures", lambda task, device: task.graph)
     monkeypatch.setattr("lth.driver.choose_kernels", all_sparse)
     monkeypatch.setattr("lth.driver.side_by_side", compared)
     monkeypatch.setattr("lth.ticket.Task", lambda **given: Task(**{**given, "graph": True}))

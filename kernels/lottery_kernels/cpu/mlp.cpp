@@ -265,24 +265,41 @@ Tensor composed(Tensor x, const Layers& layers) {
   return x;
 }
 
+// The wanted ones alone.
 variable_list composed_gradients(const Tensor& dy, const Tensor& x, const Layers& layers,
                                  const std::vector<bool>& wanted) {
-  variable_list inputs, grads(wanted.size());
+  variable_list inputs;
   for (size_t i = 0; i < wanted.size(); ++i)
     if (wanted[i]) inputs.push_back(i == 0 ? x : layers.parameters[i - 1]);
-  const variable_list found = torch::autograd::grad({composed(x, layers)}, inputs, {dy}, true, true);
-  for (size_t i = 0, k = 0; i < wanted.size(); ++i)
-    if (wanted[i]) grads[i] = found[k++];
+  return torch::autograd::grad({composed(x, layers)}, inputs, {dy}, true, true);
+}
+
+// y, and the activations between the layers for the backward pass.
+std::tuple<Tensor, Tensor> mlp_forward(const Tensor& x, at::TensorList parameters, at::TensorList index,
+                                       at::IntArrayRef layers) {
+  Tensor between;
+  Tensor y = forward_layers(x, checked(x, {parameters, index, layers}), between);
+  return {std::move(y), std::move(between)};
+}
+
+// The wanted gradients alone, in the order of `wanted`: x, then the parameters. y: where ReLU is behind the last layer.
+variable_list mlp_backward(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& y, const Tensor& between,
+                           at::TensorList parameters, at::TensorList index, at::IntArrayRef layers,
+                           const c10::List<bool>& wanted) {
+  TORCH_CHECK(wanted.size() == 1 + parameters.size(), "wanted must hold ", 1 + parameters.size(),
+              " entries: of x and of each parameter; got ", wanted.size());
+  variable_list grads = backward_layers({readable(dy), readable(x), y.value_or(Tensor()), between},
+                                        checked(x, {parameters, index, layers}), wanted.vec());
+  std::erase_if(grads, [](const Tensor& grad) { return !grad.defined(); });
   return grads;
 }
 
 struct MlpFunction : Function<MlpFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, at::TensorList parameters, const Layers& layers) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor between;
-    const auto checked_layers = checked(x, layers);
-    Tensor y = forward_layers(x, checked_layers, between);
-    variable_list saved{x, between, checked_layers.back().form.relu ? y : Tensor()};
+    static const auto op = find_operator<decltype(mlp_forward)>("lottery_kernels::mlp_forward");
+    auto [y, between] = op.call(x, parameters, layers.index, layers.forms);
+    variable_list saved{x, between, layers.form(layers.count() - 1).relu ? y : Tensor()};
     saved.insert(saved.end(), parameters.begin(), parameters.end());
     saved.insert(saved.end(), layers.index.begin(), layers.index.end());
     ctx->save_for_backward(std::move(saved));
@@ -301,24 +318,31 @@ struct MlpFunction : Function<MlpFunction> {
     layers.index = at::TensorList(saved).slice(3 + parameters);
     std::vector<bool> wanted(1 + parameters);
     for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = ctx->needs_input_grad(i);
-    variable_list grads =
-        at::GradMode::is_enabled()
-            ? composed_gradients(dy[0], x, layers, wanted)
-            : backward_layers({readable(dy[0]), readable(x), y, between}, checked(x, layers), wanted);
-    grads.emplace_back();  // the rest has none
+    variable_list found, grads(wanted.size() + 1);  // the last of the rest, which has none
+    if (at::GradMode::is_enabled()) {
+      found = composed_gradients(dy[0], x, layers, wanted);
+    } else {
+      static const auto op = find_operator<decltype(mlp_backward)>("lottery_kernels::mlp_backward");
+      c10::List<bool> list;
+      for (const bool one : wanted) list.push_back(one);
+      found = op.call(dy[0], x, y.defined() ? std::optional(y) : std::nullopt, between, layers.parameters, layers.index,
+                      forms, list);
+    }
+    for (size_t i = 0, k = 0; i < wanted.size(); ++i)
+      if (wanted[i]) grads[i] = found[k++];
     return grads;
   }
 };
 
 Tensor mlp(const Tensor& x, at::TensorList parameters, at::TensorList index, at::IntArrayRef layers) {
-  Tensor between;
-  return forward_layers(x, checked(x, {parameters, index, layers}), between);
+  return std::get<0>(mlp_forward(x, parameters, index, layers));
 }
 
 Tensor mlp_autograd(const Tensor& x, at::TensorList parameters, at::TensorList index, at::IntArrayRef layers) {
   if (!at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return mlp(x, parameters, index, layers);
+    static const auto op = find_operator<decltype(mlp)>("lottery_kernels::mlp");
+    return op.call(x, parameters, index, layers);
   }
   return MlpFunction::apply(x, parameters, Layers{parameters, index, layers});
 }
@@ -327,9 +351,17 @@ Tensor mlp_autograd(const Tensor& x, at::TensorList parameters, at::TensorList i
 // (out, in, whether it has a bias, whether ReLU follows, number of its index arrays).
 TORCH_LIBRARY_FRAGMENT(lottery_kernels, m) {
   m.def("mlp(Tensor x, Tensor[] parameters, Tensor[] index, int[] layers) -> Tensor");
+  m.def("mlp_forward(Tensor x, Tensor[] parameters, Tensor[] index, int[] layers) -> (Tensor, Tensor)");
+  m.def(
+      "mlp_backward(Tensor dy, Tensor x, Tensor? y, Tensor between, Tensor[] parameters, Tensor[] index, int[] layers, "
+      "bool[] wanted) -> Tensor[]");
 }
 
-TORCH_LIBRARY_IMPL(lottery_kernels, CPU, m) { m.impl("mlp", &mlp); }
+TORCH_LIBRARY_IMPL(lottery_kernels, CPU, m) {
+  m.impl("mlp", &mlp);
+  m.impl("mlp_forward", &mlp_forward);
+  m.impl("mlp_backward", &mlp_backward);
+}
 
 TORCH_LIBRARY_IMPL(lottery_kernels, AutogradCPU, m) { m.impl("mlp", &mlp_autograd); }
 

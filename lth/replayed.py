@@ -1,0 +1,69 @@
+"""Training steps on a CPU whose operators are recorded once and replayed, to the bits of the plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lottery_kernels import Replayed
+from lth.batches import like, tensors_of
+from lth.train import EagerStep, Task, Training, named
+
+
+class ReplayedStep(EagerStep):
+    """An eager step in two recorded halves, between which it looks at the losses: gradients, and the update.
+
+    The first half must be the same operators whatever they compute: no `.item()`, no branch on a value, no random
+    numbers but torch's. An update that asks for values, as that of an Adam which is not fused, runs as it is; one whose
+    options change, as by a schedule, runs as it is until they stay.
+    """
+
+    def __init__(self, task: Task, training: Training, order_seed: int, stage: object) -> None:
+        super().__init__(task, training, order_seed, stage)
+        self._batch: Any = None  # of this iteration
+        self._names: list[Any] = []  # of the losses
+        self._with_gradient: tuple[int, ...] = ()  # numbers of the parameters that the step leaves one in
+        self._options: list[dict[str, Any]] = []
+        self._changes = 0  # of the options
+        self._half_with_gradients = Replayed(self._differentiate, self._form_of_batch)
+        self._half_with_update = Replayed(self._take_update, self._state_of_options)
+
+    def _gradients(self, batch: Any) -> Mapping[Any, Tensor]:
+        self._batch = batch
+        losses, self._found = self._half_with_gradients(*tensors_of(batch))
+        if self._half_with_gradients.refusal is not None:
+            raise RuntimeError(
+                f"the training step cannot be replayed ({self._half_with_gradients.refusal}); graph=False, or lth run "
+                "--no-graph, runs it as it is"
+            )
+        return dict(zip(self._names, losses, strict=True))
+
+    def _update(self) -> None:
+        self._half_with_update(*self._found)
+
+    def _differentiate(self, *tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        losses = named(self.task.step(self.training.model, like(self._batch, tensors)))
+        self._require_gradients()
+        self._names = list(losses)
+        found = {i: one.grad for i, one in enumerate(self.training.parameters) if one.grad is not None}
+        self._with_gradient, gradients = tuple(found), list(found.values())
+        self._clear_gradients()
+        return list(losses.values()), gradients
+
+    def _take_update(self, *gradients: Tensor) -> None:
+        for i, gradient in zip(self._with_gradient, gradients, strict=True):
+            self.training.parameters[i].grad = gradient
+        super()._update()
+
+    def _form_of_batch(self) -> Hashable:
+        return type(self._batch), tuple(self._batch) if isinstance(self._batch, Mapping) else None
+
+    def _state_of_options(self) -> Hashable:
+        """Another one whenever an optimizer's options are others than in the step before."""
+        groups = [group for optimizer in self.training.optimizers for group in optimizer.param_groups]
+        options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        if options != self._options:
+            self._options, self._changes = options, self._changes + 1
+        return self._changes, self._with_gradient
