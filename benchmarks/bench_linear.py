@@ -9,10 +9,14 @@ published sparse training on a CPU, runs too where it is installed.
 Beside each time stands a floor, measured in the same turns, that no kernel for the live weights can go below: what
 PyTorch takes around one operator with the same parameters that computes nothing, and the multiply-adds of the live
 weights from registers alone. "At most" is the speed-up of a layer or step that takes no longer than that.
+
+Small layers, and steps, stand there replayed too (`lottery_kernels.Replayed`), which drops most of what PyTorch takes:
+over dense masked PyTorch, and over dense masked replayed.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import statistics
@@ -27,8 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import Times, in_turns
-from lottery_kernels import SparseLinear, operators, sparsify
+from lottery_kernels import Replayed, SparseLinear, operators, sparsify
 from lottery_kernels.cpu import build
+from lottery_kernels.replay import CALLS_BEFORE
 
 BLOCKS = [(1, 1), (4, 4), (8, 8), (16, 16)]
 # (in, out, batch, first): a first layer reads rows of a data set and owes nobody a gradient of them
@@ -129,6 +134,25 @@ class Problem:
         step.x = x  # type: ignore[attr-defined]
         return step
 
+    def replayed(self, layer: nn.Module) -> Callable[[], object]:
+        """The same of a first layer, replayed: returns y and the gradients, which are checked to be those of `step`."""
+        assert self.first
+        dy = self.dy.T.contiguous().T if isinstance(layer, SparseLinear) else self.dy
+
+        def work(x: Tensor) -> list[Tensor]:
+            for parameter in layer.parameters():
+                parameter.grad = None
+            y = layer(x)
+            y.backward(dy)
+            return [y.detach(), *(parameter.grad for parameter in layer.parameters() if parameter.grad is not None)]
+
+        replay = Replayed(work)
+        plain = work(self.x)
+        for _ in range(4):
+            assert all(map(torch.equal, replay(self.x), plain))
+        assert replay.refusal is None
+        return lambda: replay(self.x)
+
     def check(self, layer: SparseLinear, step: Callable[[], Tensor]) -> None:
         """y, dx and the gradients of values and bias, against fp64: close everywhere, and their root mean square error
         at most twice that of dense masked fp32."""
@@ -226,6 +250,38 @@ def test_layer(benchmark, tables, shape, density, block):
     benchmark.pedantic(steps["sparse"], rounds=10, warmup_rounds=1)
 
 
+def replayed_columns(times: dict[str, Times]) -> dict[str, str]:
+    """The same of "replayed", the sparse contestant, and "dense replayed"."""
+    ours, theirs = times["replayed"], times["dense replayed"]
+    return {
+        "dense masked replayed, ms": f"{theirs.median * 1e3:.3g}",
+        "replayed, ms": f"{ours.median * 1e3:.3g}",
+        "over dense masked": str(ours.speedup_over(dense_masked(times))),
+        "over that replayed": str(ours.speedup_over(theirs)),
+    }
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block[0]}x{block[1]}")
+@pytest.mark.parametrize("density", [0.036, 0.07])
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=lambda shape: f"{shape[0]}-{shape[1]}-b{shape[2]}")
+def test_layer_replayed(tables, shape, density, block):
+    """Layers whose calls take as long as their kernels."""
+    problem = Problem(*shape, density, block)
+    steps = problem.steps()
+    sparse = SparseLinear.from_dense(problem.linear, problem.mask, block)
+    for name, layer in (("replayed", sparse), ("dense replayed", DenseMasked.of(problem.linear, problem.mask))):
+        steps[name] = problem.replayed(layer)
+    times = in_turns({name: steps[name] for name in ("eager", "compiled", "replayed", "dense replayed")})
+    tables.add(
+        "Forward and backward of one layer, replayed",
+        layer=f"{shape[0]}→{shape[1]}, batch {shape[2]}",
+        remaining=f"{density:.1%}",
+        block=f"{block[0]}×{block[1]}",
+        **{"dense masked, ms": f"{dense_masked(times).median * 1e3:.3g}"},
+        **replayed_columns(times),
+    )
+
+
 def network(sizes: Sequence[int], density: float, block: tuple[int, int], sparse: bool) -> nn.Module:
     """Linear layers with ReLU between them, sparse or dense masked; the same weights and masks both ways."""
     torch.manual_seed(1)
@@ -239,7 +295,7 @@ def network(sizes: Sequence[int], density: float, block: tuple[int, int], sparse
 
 
 def training_step(
-    net: nn.Module, x: Tensor, target: Tensor, run: Callable | None = None, lr: float = 0.0
+    net: nn.Module, x: Tensor, target: Tensor, run: Callable | None = None, lr: float = 0.0, replay: bool = False
 ) -> Callable[[], Tensor]:
     """zero_grad, forward, cross entropy, backward, fused Adam; returns the loss.
 
@@ -248,14 +304,14 @@ def training_step(
     optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
     run = net if run is None else run
 
-    def step() -> Tensor:
+    def step(x: Tensor, target: Tensor) -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(run(x), target)
         loss.backward()
         optimizer.step()
         return loss.detach()
 
-    return step
+    return functools.partial(Replayed(step) if replay else step, x, target)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block[0]}x{block[1]}")
@@ -263,13 +319,13 @@ def training_step(
 def test_step(benchmark, tables, name, block):
     sizes, batch, density = NETS[name]
     x, target = torch.randn(batch, sizes[0]), torch.randint(sizes[-1], (batch,))
-    ours, exact = (network(sizes, density, block, sparse) for sparse in (True, False))
-    ours, exact = (
-        training_step(ours, x, target, lr=1.2e-3),
-        training_step(exact.double(), x.double(), target, lr=1.2e-3),
-    )
-    for _ in range(5):
-        assert abs(ours() - exact()) < 1e-5
+    sparse, twin, exact = (network(sizes, density, block, sparse) for sparse in (True, True, False))
+    ours = training_step(sparse, x, target, lr=1.2e-3)
+    replayed = training_step(twin, x, target, lr=1.2e-3, replay=True)
+    exact = training_step(exact.double(), x.double(), target, lr=1.2e-3)
+    for _ in range(8):
+        loss = ours()
+        assert abs(loss - exact()) < 1e-5 and torch.equal(loss, replayed())
     masked, compiled = (network(sizes, density, block, sparse=False) for _ in range(2))
     steps = {
         "sparse": training_step(network(sizes, density, block, sparse=True), x, target),
@@ -277,10 +333,15 @@ def test_step(benchmark, tables, name, block):
         "compiled": training_step(compiled, x, target, torch.compile(compiled)),
         "hollow": training_step(Hollow(network(sizes, density, block, sparse=True), sizes[-1]), x, target),
         "multiply-adds": multiply_adds,
+        "replayed": training_step(network(sizes, density, block, sparse=True), x, target, replay=True),
+        "dense replayed": training_step(network(sizes, density, block, sparse=False), x, target, replay=True),
     }
     weights = [round(density * inputs * out) for inputs, out in itertools.pairwise(sizes)]
     flops = 2.0 * batch * (2 * weights[0] + 3 * sum(weights[1:]))
-    row = columns(in_turns(steps, seconds=2.0), flops, rate=False)
+    for _ in range(CALLS_BEFORE):
+        steps["replayed"](), steps["dense replayed"]()
+    times = in_turns(steps, seconds=2.0)
+    row = columns(times, flops, rate=False) | replayed_columns(times)
     title = "Whole training step: zero_grad, forward, loss, backward, fused Adam"
     tables.add(title, net=name, remaining=f"{density:.1%}", block=f"{block[0]}×{block[1]}", **row)
     benchmark.extra_info.update(row)
