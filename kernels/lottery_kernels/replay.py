@@ -126,7 +126,7 @@ class Recorder(TorchDispatchMode):
             return op(*args, **kwargs)
         if torch.Tag.data_dependent_output in op.tags:
             self.refuse(f"{op} asks for a value")
-        if torch.Tag.dynamic_output_shape in op.tags:
+        if torch.Tag.dynamic_output_shape in op.tags and not _is_indexed_by_numbers(op, args):
             self.refuse(f"{op} asks for a shape that depends on values")
         if op is torch.ops.aten.lift_fresh.default:  # of a tensor made from numbers, which the function may write into
             op, args = torch.ops.aten.clone.default, (args[0].clone(),)
@@ -241,6 +241,12 @@ class _Line:
     results: list[str]
     call: str
     reads: set[str]
+
+
+def _is_indexed_by_numbers(op: Any, args: Any) -> bool:
+    """Whether `op` indexes a tensor by numbers alone: then no shape depends on a value, whatever its tags say."""
+    masks = (torch.bool, torch.uint8)
+    return op is torch.ops.aten.index.Tensor and not any(one is not None and one.dtype in masks for one in args[1])
 
 
 def _allocation(tensor: Tensor) -> int:
