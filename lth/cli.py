@@ -54,7 +54,7 @@ class Options(Settings):
     out: Path | None = None  # folder of the run; by default runs/PRESET and what is not the preset's own
     resume: bool = False  # continue the run that the folder holds
     dry_run: bool = False  # say what would be done, and do nothing
-    threads: int | None = None  # of PyTorch; equal numbers give equal bits
+    threads: int | None = None  # of PyTorch; with --kernels auto, steps that are faster on fewer take fewer
     checkpoint_seconds: float = 20.0  # a checkpoint follows an evaluation if so long has passed
     track: str | None = None  # tensorboard: write curves for it into the run's folder
 

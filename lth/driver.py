@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 import time
@@ -19,7 +20,7 @@ from lth.prune import Layer, Masks, at_random, by_magnitude, density_of, full_ma
 from lth.seeds import derive, seed_all
 from lth.stepper import captures, stepper
 from lth.store import TICKET, Run, Stage, StageFiles
-from lth.timing import side_by_side
+from lth.timing import fastest_threads, side_by_side, threads
 from lth.train import Task, Training, as_numbers, computing_in, evaluating, synchronize, train
 
 
@@ -57,17 +58,18 @@ class Driver:
             training.restore(checkpoint)
         files.keep_evaluations(checkpoint)
         self.observer.stage_started(planned, kernels, training.iteration)
-        train(
-            self.task,
-            training,
-            stepper(self.task, training, self._seed(stage, "order"), stage),
-            files,
-            self.observer,
-            iterations=planned.iterations,
-            eval_every=self.search.eval_every,
-            checkpoint_seconds=self.search.checkpoint_seconds,
-            reached=self._snapshots(stage),
-        )
+        with threads(kernels.get("threads")):
+            train(
+                self.task,
+                training,
+                stepper(self.task, training, self._seed(stage, "order"), stage),
+                files,
+                self.observer,
+                iterations=planned.iterations,
+                eval_every=self.search.eval_every,
+                checkpoint_seconds=self.search.checkpoint_seconds,
+                reached=self._snapshots(stage),
+            )
         result = self._result(planned, training, masks, kernels, files)
         step_ms = 1000 * training.seconds / max(training.steps, 1)
         result["timing"] = {"seconds": training.seconds, "step_ms": step_ms, "sampled": kernels["sampled"]}
@@ -120,28 +122,42 @@ class Driver:
 
     def _choose_kernels(self, planned: PlannedStage, weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Any]:
         stage, asked = planned.stage, self.search.kernels
-        if stage.round == 0:
-            return {**unmasked(self.layers), "sampled": None}
+
+        def alone(kernels: Mapping[str, Any]) -> dict[str, Any]:
+            step = self._stepper(planned, weights, masks, kernels) if self._chooses_threads else None
+            return {**kernels, "threads": step and fastest_threads(step), "sampled": None}
+
         if stage.branch != TICKET:
             ticket = self.run.stage(Stage(stage.replicate, stage.round)).kernels()
             assert ticket is not None  # its stage goes before its branches
             return {**ticket, "sampled": None}
+        if stage.round == 0:
+            return alone(unmasked(self.layers))
         example = self.task.example(self.task.batches(0, self._seed(stage, "order"))) if asked == "auto" else None
         model = self._model(stage, weights)
         device = next(model.parameters()).device
         with computing_in(self.task.autocast, device):
             kernels = choose_kernels(model, masks, self.layers, asked, example, captures(self.task, device))
         if not any_sparse(kernels):
-            return {**kernels, "sampled": None}
+            return alone(kernels)
         whole = with_exempt(kernels, self._model(stage, weights), self.layers[0].block) if asked == "auto" else None
         if whole is not None and self._sampled(planned, weights, masks, whole, kernels)["speedup"] > 1:
             kernels = whole
         sampled = self._sampled(planned, weights, masks, kernels, densely(kernels, ""))
+        sparse_threads, dense_threads = sampled["threads"]
         if asked == "auto" and sampled["speedup"] <= 1:
             times = [f"{sampled[side]:.3g} ms" for side in ("sparse_ms", "dense_ms")]
             reason = "a training step takes {} sparse and {} dense masked".format(*times)
-            return {**densely(kernels, reason), "sampled": None}
-        return {**kernels, "sampled": sampled}
+            return {**densely(kernels, reason), "threads": dense_threads, "sampled": None}
+        return {**kernels, "threads": sparse_threads, "sampled": sampled}
+
+    @functools.cached_property
+    def _chooses_threads(self) -> bool:
+        """Whether steps may run on fewer threads than PyTorch uses, where they are faster so."""
+        if self.search.kernels != "auto" or torch.get_num_threads() == 1:
+            return False
+        with torch.random.fork_rng():
+            return not next(self.task.fresh().parameters()).is_cuda
 
     def _model(self, stage: Stage, weights: Mapping[str, Tensor]) -> nn.Module:
         seed_all(self._seed(stage, "initial"))
@@ -183,7 +199,7 @@ class Driver:
             "evaluations": len(evaluations),
             "early_stop": min(judged, key=lambda record: record["val_loss"]) if judged else None,
             "final": final,
-            "kernels": {key: value for key, value in kernels.items() if key != "sampled"},
+            "kernels": {key: value for key, value in kernels.items() if key not in ("sampled", "threads")},
         }
 
     def _sampled(
@@ -194,8 +210,11 @@ class Driver:
         sparse: Mapping[str, Any],
         dense: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """Training steps of copies, one way beside the other."""
-        return side_by_side(*(self._stepper(planned, weights, masks, side) for side in (sparse, dense)))
+        """Training steps of copies, one way beside the other, each on the threads that suit it."""
+        steps = [self._stepper(planned, weights, masks, side) for side in (sparse, dense)]
+        counts = [fastest_threads(step) if self._chooses_threads else None for step in steps]
+        timed = side_by_side(*(_on_threads(step, count) for step, count in zip(steps, counts, strict=True)))
+        return {**timed, "threads": counts}
 
     def _stepper(
         self, planned: PlannedStage, weights: Mapping[str, Tensor], masks: Masks, kernels: Mapping[str, Any]
@@ -224,6 +243,14 @@ class Driver:
                 + ", ".join(f"{key} {records[-1].get(key)} → {here[key]}" for key in changed)
             )
         self.run.append_environment({**here, "python": platform.python_version(), "started": time.time()})
+
+
+def _on_threads(step: Callable[[], None], count: int | None) -> Callable[[], None]:
+    def threaded() -> None:
+        with threads(count):
+            step()
+
+    return threaded if count is not None else step
 
 
 def _conclusion(task: Task, model: nn.Module) -> dict[str, float]:

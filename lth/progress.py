@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -193,13 +194,17 @@ class Progress(Observer):
         return max(planned.stage.replicate for planned in self._plan.stages) + 1
 
     def _how(self) -> str:
-        """Which layers run sparse."""
+        """Which layers run sparse, and on how many threads if not on all."""
         layers = self._kernels["layers"]
         ways: dict[str, list[str]] = {}
         for name, way in layers.items():
             ways.setdefault(way, []).append(name)
         said = {way: ", ".join(names) if len(names) <= 4 else f"{len(names)} layers" for way, names in ways.items()}
-        return "; ".join(f"{names}: {way}" for way, names in said.items())
+        parts = [f"{names}: {way}" for way, names in said.items()]
+        threads = self._kernels.get("threads")
+        if threads is not None and threads < torch.get_num_threads():
+            parts.append(f"on {threads} thread{'s' if threads > 1 else ''}")
+        return "; ".join(parts)
 
     def _numbers(self) -> list[str]:
         record, said = self._record, []

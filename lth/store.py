@@ -20,8 +20,9 @@ A stage (one training: a round or a branch of one) is a folder of
 mask.safetensors     {layer: bool, dense shape}; True = remains. Layers are named by their module, as in run.json
 start.safetensors    only for a reinit: the new draw. All others start from initial (or rewind)
 kernels.json         how it runs, decided before the first step: {"layers": {layer: "sparse 1x1" or "dense masked"},
-                     "reason", "choices", "sampled"}: choices as `lottery_kernels.choices` returns them, with a
-                     reason for each layer; sampled as in result.json
+                     "reason", "choices", "threads", "sampled"}: choices as `lottery_kernels.choices` returns them,
+                     with a reason for each layer; threads that steps are fastest on, null: all that PyTorch uses;
+                     sampled as in result.json
 evaluations.jsonl    one line an evaluation: {"iteration", "val_loss", "val_accuracy", "test_…", "train_…"};
                      accuracies 0–1
 checkpoint.pt        only while it trains: all that an exact continuation needs
@@ -32,10 +33,10 @@ result.json          written last: a stage with it is finished, one without it i
 ``result.json`` holds ``replicate, round, branch, density, layers {layer: {"weights", "remaining"}}, start`` (iteration
 it started from), ``iterations`` (it ended at), ``evaluations`` (their count), ``early_stop`` and ``final`` (the
 evaluation records of the lowest ``val_loss`` and of the last iteration; null where there is none; final also has
-``train_accuracy_all``, over the whole training set), ``kernels`` (as in kernels.json) and ``timing`` {``seconds`` spent
-in steps, ``step_ms`` their mean, ``sampled``: null or {``sparse_ms``, ``dense_ms``, ``speedup``, ``spread`` [lowest,
-highest ratio of the repeats]}, sampled side by side on copies before the first step; ``sparse_ms`` is the step as the
-stage ran it}.
+``train_accuracy_all``, over the whole training set), ``kernels`` (as in kernels.json, without threads) and ``timing``
+{``seconds`` spent in steps, ``step_ms`` their mean, ``sampled``: null or {``sparse_ms``, ``dense_ms``, ``speedup``,
+``spread`` [lowest, highest ratio of the repeats], ``threads`` [sparse, dense]}, sampled side by side on copies before
+the first step; ``sparse_ms`` is the step as the stage ran it}.
 Everything but ``timing`` is equal, bit for bit, between equal runs.
 """
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lottery_kernels import SparseLinear
-from lth import masked
+from lth import files, masked
 from lth.events import Observer
 from lth.prune import Block
 from lth.ticket import Tickets
+from lth.timing import threads
 from tests.lth import tiny
 
 STEPS = 200
@@ -62,7 +63,7 @@ def test_sparse_and_dense_masked_take_the_same_path(
     dtype: torch.dtype, tolerance: float, optimizer: str, block: Block, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To what 200 steps make of rounding: 8e-16 in fp64 and 4e-7 in fp32 were seen, where losses are about 1."""
-    monkeypatch.setattr("lth.driver.side_by_side", lambda sparse, dense: None)  # the steps on copies are no part of it
+    monkeypatch.setattr("lth.driver.side_by_side", lambda sparse, dense: {})  # the steps on copies are no part of it
     (sparse, sparse_losses), (dense, dense_losses) = (
         searched(kernels, optimizer, dtype, block) for kernels in ("sparse", "dense")
     )
@@ -93,6 +94,35 @@ def test_auto_decides_once_and_replays_on_resume(tmp_path: Any, monkeypatch: pyt
     found = tiny.search(out=tmp_path, kernels="auto", resume=True)
     assert (tmp_path / "replicate-0/round-01/kernels.json").read_bytes() == decided
     assert found[1].result["kernels"]["choices"].keys() == {"0", "4"}
+
+
+def test_auto_trains_on_the_threads_that_it_chose_and_resumes_on_them(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+
+    class Watching(Observer):
+        def evaluated(self, stage: Any, record: Any) -> None:
+            counts.append(torch.get_num_threads())
+            if (stage.round, record["iteration"]) == (1, 3):
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("lth.driver.fastest_threads", lambda step: 1)
+    with threads(2):
+        with pytest.raises(KeyboardInterrupt):
+            tiny.search(out=tmp_path, kernels="auto", observer=Watching())
+        assert files.read_json(tmp_path / "replicate-0/round-01/kernels.json")["threads"] == 1
+        monkeypatch.setattr("lth.driver.fastest_threads", None)
+        tiny.search(out=tmp_path, kernels="auto", resume=True, observer=Observer())
+        assert torch.get_num_threads() == 2
+    assert set(counts) == {1}
+
+
+def test_asked_for_kernels_take_all_threads(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lth.driver.fastest_threads", None)
+    with threads(2):
+        tiny.search(out=tmp_path, kernels="sparse")
+    assert files.read_json(tmp_path / "replicate-0/round-01/kernels.json")["threads"] is None
 
 
 def test_auto_runs_dense_masked_where_a_sparse_step_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ def settings_of(preset: str, **changes: Any) -> presets.Settings:
 
 @pytest.mark.parametrize("preset", CONVOLUTIONAL)
 def test_every_preset_trains_and_prunes_sparse(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lth.driver.side_by_side", lambda sparse, dense: None)  # VGG-19 would take long
+    monkeypatch.setattr("lth.driver.side_by_side", lambda sparse, dense: {})  # VGG-19 would take long
     cheap = {"batch": 8, "rounds": 1, "eval_every": 2, "kernels": "sparse", "conv_rate": 0.9}
     settings = settings_of(preset, iterations=2, **cheap)
     task, search, described, _ = presets.make(settings)

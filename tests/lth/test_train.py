@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from lth import classify, data, models
 from lth.classify import Shuffled
 from lth.events import Observer
 from lth.seeds import derive, random_state, restore_random_state, seed_all
-from lth.timing import side_by_side
+from lth.timing import LONG, fastest_threads, side_by_side, threads
 from tests.lth import tiny
 
 
@@ -189,3 +191,43 @@ def test_side_by_side_takes_medians_of_both() -> None:
     assert timed["spread"][0] <= timed["speedup"] <= timed["spread"][1]
     assert timed["dense_ms"] > timed["sparse_ms"] > 0
     assert min(calls.values()) >= 3
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    with threads(4):
+        yield
+
+
+@pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize("best", [4, 2, 1])
+def test_a_step_runs_on_the_threads_that_it_is_fastest_on(best: int) -> None:
+    tried = set()
+
+    def step() -> None:
+        tried.add(torch.get_num_threads())
+        time.sleep(1e-4 if torch.get_num_threads() == best else 2e-3)
+
+    assert fastest_threads(step) == best
+    assert tried == {4, 2, 1} and torch.get_num_threads() == 4
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_a_long_step_gets_all_threads_untried() -> None:
+    tried = set()
+
+    def step() -> None:
+        tried.add(torch.get_num_threads())
+        time.sleep(2 * LONG)
+
+    assert fastest_threads(step) == 4 and tried == {4}
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_threads_are_as_before_after_an_error() -> None:
+    with pytest.raises(ValueError, match="in between"), threads(2):
+        assert torch.get_num_threads() == 2
+        raise ValueError("in between")
+    assert torch.get_num_threads() == 4
+    with threads(None):
+        assert torch.get_num_threads() == 4
