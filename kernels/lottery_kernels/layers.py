@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import config as compiler_config
 
-from . import masked, operators, reference
+from . import masked, operators, reference, replay
 from .pattern import Pattern
 
 # To torch.compile a parameter's shape is static, unless its source is named here; `set_mask` changes that of `values`.
@@ -124,6 +124,7 @@ class SparseLayer(nn.Module):
         state.update(carried)
 
     def _replace(self, pattern: Pattern, values: Tensor) -> None:
+        replay.forget()
         self.pattern = pattern
         self.values.grad = None
         # The leaf's gradient accumulator remembers the old size for as long as any old graph lives, and is dropped
@@ -204,6 +205,7 @@ class SparseLayer(nn.Module):
                 pattern = Pattern.from_mask(mask, self.block, pattern.groups)
         values = pattern.pack(weight)
         if assign:
+            replay.forget()
             self.values = nn.Parameter(values, self.values.requires_grad)
             self.pattern = pattern.to(values.device)
         elif pattern is self.pattern:

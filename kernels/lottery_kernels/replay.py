@@ -18,11 +18,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-CALLS_BEFORE = (
-    2  # that run as they are: what is made in a first call, as an optimizer's state, is no part of the others
-)
+CALLS_BEFORE = 2  # that run as they are: a first one may do more than the others, as make an optimizer's state
 PROGRAMS = 8  # kept at most: one a kind of input
 LEAVING = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}
+
+_exchanges = 0  # of layers or their arrays, so far
+
+
+def forget() -> None:
+    """Has every :class:`Replayed` begin anew: for where layers, or arrays that programs hold, are exchanged."""
+    global _exchanges
+    _exchanges += 1
 
 
 class Replayed:
@@ -33,13 +39,15 @@ class Replayed:
             loss = step(x, target)
 
     The first two calls run as they are, the third is recorded while it runs, and later ones replay it, to the same
-    bits. That holds for inputs of one kind (shapes, strides, types, `requires_grad`); of another kind, as a last,
-    smaller batch, they begin anew.
+    bits. That holds for inputs of one kind (shapes, strides, types, `requires_grad`), with gradients and autocast on or
+    off as they were; for another kind, as a last, smaller batch, they begin anew.
 
     Tensors that the function reaches otherwise, as parameters and an optimizer's state, are read and written where they
-    are. All that Python decides is decided when the function is recorded: branches, numbers such as a learning rate,
-    the mode of a model, random numbers that are not torch's, hooks. `key` tells of what may change. Results have no
-    gradient graph, and `.grad` of parameters stays what the recorded call left: return the gradients to see them.
+    are. Where others take their place, all begins anew after `set_mask`, `sparsify` and the loading of another mask;
+    after anything else, as an optimizer's `load_state_dict`, make a new `Replayed`. All that Python decides is decided
+    when the function is recorded: branches, numbers such as a learning rate, the mode of a model, random numbers that
+    are not torch's, hooks. `key` tells of what may change. Results have no gradient graph, and `.grad` of parameters
+    stays what the recorded call left: return the gradients to see them.
 
     A function that asks for a value (`.item()`), or makes shapes from one, is not replayed: every call runs as it is,
     and `refusal` says why.
@@ -57,9 +65,13 @@ class Replayed:
         self.function, self.key = function, key
         self.refusal: str | None = None
         self._seen: dict[Hashable, int | Callable[..., Any]] = {}  # kind of call: how often, or its program
+        self._since = _exchanges
 
     def __call__(self, *inputs: Tensor) -> Any:
-        kind = (self.key(), *map(_kind, inputs))
+        if self._since != _exchanges:
+            self._since = _exchanges
+            self._seen.clear()
+        kind = (self.key(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), *map(_kind, inputs))
         seen = self._seen.get(kind, 0)
         if callable(seen):
             return seen(*inputs)

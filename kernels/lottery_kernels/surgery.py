@@ -8,7 +8,7 @@ from collections.abc import Container, Mapping
 
 from torch import nn
 
-from . import masked
+from . import masked, replay
 
 HOOKS = [key for key in vars(nn.Module()) if "hook" in key]  # the attributes that hold hooks, most of them dicts
 
@@ -26,6 +26,7 @@ def places_of(layers: Container[nn.Module], model: nn.Module) -> list[Place]:
 
 def install(replacements: Mapping[nn.Module, nn.Module], places: list[Place], model: nn.Module) -> nn.Module:
     """Puts each layer's replacement, or else itself, in its places. Returns the model, which may be such a layer."""
+    replay.forget()
     for children, key, layer in places:
         children[key] = replacements.get(layer, layer)
     return replacements.get(model, model)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from lottery_kernels import Replayed, sparsify
+from lottery_kernels import Replayed, SparseLinear, densify, sparsify
 from lottery_kernels.replay import CALLS_BEFORE, PROGRAMS, Recorder
 
 CALLS = CALLS_BEFORE + 4
@@ -170,6 +170,50 @@ def test_a_key_tells_of_what_python_decides() -> None:
     replayed = Replayed(lambda x: x * factor, key=lambda: factor)
     for factor in [2.0] * CALLS + [3.0] * CALLS + [2.0] * CALLS:
         assert replayed(torch.ones(2)).tolist() == [factor, factor]
+
+
+def test_gradients_on_and_off_are_two_kinds() -> None:
+    weight = nn.Parameter(torch.ones(2))
+
+    def function(x: Tensor) -> Tensor:
+        return x * weight + torch.is_grad_enabled()
+
+    replayed = Replayed(function)
+    for enabled in [True] * CALLS + [False] * CALLS + [True] * CALLS:
+        with torch.set_grad_enabled(enabled):
+            assert replayed(torch.ones(2)).tolist() == [1 + enabled] * 2
+
+
+def rewired(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Another mask of as many weights: no shape tells of it."""
+    layer = model.get_submodule("0")
+    assert isinstance(layer, SparseLinear)
+    layer.set_mask(layer.mask.roll(1, 1), optimizer)
+
+
+def reloaded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    state = {name: value.roll(1, -1) for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+
+
+def densified(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    densify(model, optimizer)
+
+
+@pytest.mark.parametrize("exchange", [rewired, reloaded, densified])
+def test_layers_that_are_exchanged_are_recorded_anew(exchange: Callable[..., None]) -> None:
+    torch.manual_seed(0)
+    model = sparse(lenet())
+    twin = copy.deepcopy(model)
+    optimizers = [OPTIMIZERS["adam"](one.parameters()) for one in (model, twin)]
+    plain, replayed = (training_step(one, of) for one, of in zip((model, twin), optimizers, strict=True))
+    replayed = Replayed(replayed)
+    for number, (x, target) in enumerate(batches(3 * CALLS)):
+        if number % CALLS == CALLS - 1 and not (exchange is densified and number > CALLS):
+            exchange(model, optimizers[0]), exchange(twin, optimizers[1])
+        assert torch.equal(plain(x, target), replayed(x, target)), number
+    for (name, value), other in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
 
 
 def test_a_sparse_net_is_recorded_fused() -> None:
