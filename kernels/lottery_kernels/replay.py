@@ -8,7 +8,7 @@ what to do: the modules' calls, autograd's nodes, the optimizer's loops. What th
 from __future__ import annotations
 
 import builtins
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,13 @@ class Replayed:
         if self._since != _exchanges:
             self._since = _exchanges
             self._seen.clear()
-        kind = (self.key(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), *map(_kind, inputs))
+        kind = (
+            self.key(),
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            *map(_kind, inputs),
+            *_same(inputs),
+        )
         seen = self._seen.get(kind, 0)
         if callable(seen):
             return seen(*inputs)
@@ -82,9 +88,11 @@ class Replayed:
         if seen < CALLS_BEFORE:
             self._seen[kind] = seen + 1
             return self.function(*inputs)
-        recorder = Recorder(inputs)
+        # Other tensors than those that the function may reach otherwise: what it takes from where must be seen.
+        given = [tensor if tensor.requires_grad else tensor.detach() for tensor in inputs]
+        recorder = Recorder(given)
         with recorder:
-            result = self.function(*inputs)
+            result = self.function(*given)
         self.refusal = recorder.refusal
         if self.refusal is None:
             self._seen[kind] = recorder.program(result)
@@ -106,7 +114,7 @@ class Recorder(TorchDispatchMode):
 
     active = 0
 
-    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.refusal: str | None = None
         self._watch = _Watch(self)
@@ -212,7 +220,7 @@ class Recorder(TorchDispatchMode):
     def _lasting_tensor(self, tensor: Tensor) -> Tensor:
         """A tensor that no recorded operator made: it was there before, unless it lies where a result does or did."""
         if _allocation(tensor) in self._memory:
-            self.refuse("a tensor is used that no operator made")
+            self.refuse("a tensor is used that is neither an input nor an operator's result, but lies where one does")
         self._lasting.add(_allocation(tensor))
         return tensor
 
@@ -269,3 +277,9 @@ def _kind(tensor: Tensor) -> Hashable:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"a replayed function takes tensors, got a {type(tensor).__name__}: bind it with partial()")
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _same(inputs: Sequence[Tensor]) -> Sequence[int]:
+    """For each input the number of the first that is the same tensor."""
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(id(tensor), i) for i, tensor in enumerate(inputs)]

@@ -165,6 +165,24 @@ def test_kinds_without_end_take_no_memory_without_end() -> None:
     assert len(replayed._seen) <= PROGRAMS
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_one_tensor_given_twice_is_another_kind_than_two(requires_grad: bool) -> None:
+    replayed = Replayed(lambda x, y: (x - y).detach())
+    one, other = (torch.full((2,), value, requires_grad=requires_grad) for value in (1.0, 3.0))
+    for _ in range(CALLS):
+        assert replayed(one, one).tolist() == [0, 0]
+    for _ in range(CALLS):
+        assert replayed(other, one).tolist() == [2, 2]
+
+
+def test_an_input_that_is_reached_otherwise_too_is_not_replayed() -> None:
+    first = torch.ones(2)
+    replayed = Replayed(lambda x: x + first)
+    for given in [first] * CALLS + [torch.full((2,), 5.0)] * CALLS:
+        assert torch.equal(replayed(given), given + first)
+    assert replayed.refusal is not None and "neither an input nor" in replayed.refusal
+
+
 def test_a_key_tells_of_what_python_decides() -> None:
     factor = 2.0
     replayed = Replayed(lambda x: x * factor, key=lambda: factor)
