@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from benchmarks.timing import Times, in_turns
 from lottery_kernels import Replayed, SparseLinear, operators, sparsify
 from lottery_kernels.cpu import build
-from lottery_kernels.replay import CALLS_BEFORE
+from lottery_kernels.replay import CALLS_BEFORE, Recorder
 
 BLOCKS = [(1, 1), (4, 4), (8, 8), (16, 16)]
 # (in, out, batch, first): a first layer reads rows of a data set and owes nobody a gradient of them
@@ -374,6 +374,40 @@ def parts_of_step(net: nn.Module, x: Tensor, target: Tensor, steps: int = 400) -
     return {name: statistics.median(times) for name, times in kept.items()}
 
 
+PART_OF = {"mlp_forward": "forward", "mlp_backward": "backward", "foreach_add": "Adam", "fused_adam": "Adam"}
+
+
+def parts_of_replay(net: nn.Module, x: Tensor, target: Tensor, steps: int = 400) -> dict[str, float]:
+    """Median microseconds of the recorded operators of each part of a training step; what is no other's is of the loss."""
+    step = training_step(net, x, target)
+    for _ in range(CALLS_BEFORE):
+        step()
+    recorder = Recorder(())
+    with recorder:
+        loss = step()
+    kept: dict[str, list[float]] = {}
+
+    def timed(name: str, operator: Callable) -> Callable:
+        def run(*args: object, **kwargs: object) -> object:
+            start = time.perf_counter()
+            result = operator(*args, **kwargs)
+            kept.setdefault(name, []).append((time.perf_counter() - start) * 1e6)
+            return result
+
+        return run
+
+    operators = {name: value for name, value in recorder.bound.items() if callable(value)}
+    recorder.bound.update({name: timed(name, operator) for name, operator in operators.items()})
+    program = recorder.program(loss)
+    for _ in range(steps):
+        program()
+    parts = dict.fromkeys(("forward", "loss", "backward", "Adam"), 0.0)
+    for name, times in kept.items():
+        part = next((part for key, part in PART_OF.items() if key in name), "loss")
+        parts[part] += statistics.median(times) * len(times) / steps
+    return parts
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_parts_of_a_step(tables, name):
     """Where the time of a sparse step goes, beside that of one around an operator that computes nothing: the floor that
@@ -386,8 +420,9 @@ def test_parts_of_a_step(tables, name):
         "sparse": sparse,
         "nothing computed": Hollow(sparse, sizes[-1]),
     }
-    for title, net in nets.items():
-        parts = parts_of_step(net, x, target)
+    found = {title: parts_of_step(net, x, target) for title, net in nets.items()}
+    found["sparse, replayed"] = {"zero_grad": 0.0, **parts_of_replay(sparse, x, target)}
+    for title, parts in found.items():
         row = {part: f"{microseconds:.0f}" for part, microseconds in parts.items()}
         tables.add("Parts of a training step, µs", net=f"{name}, {title}", **row, sum=f"{sum(parts.values()):.0f}")
 

@@ -110,6 +110,7 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         refusal: why what was recorded cannot be replayed; None if it can.
+        bound: what names in the program stand for: operators, and values that are the same in every replay.
     """
 
     active = 0
@@ -125,7 +126,7 @@ class Recorder(TorchDispatchMode):
             self._names[tensor] = name
         self._memory = {_allocation(tensor) for tensor in inputs}  # of inputs and results: not the same in every replay
         self._lasting: set[int] = set()  # allocations that were there before
-        self._bound: dict[str, Any] = {}  # what names stand for that were there before
+        self.bound: dict[str, Any] = {}
         self._bound_names: dict[int, str] = {}  # by id of what is bound
         self._lines: list[_Line] = []
         self._variables = 0
@@ -175,7 +176,7 @@ class Recorder(TorchDispatchMode):
             lines.append(f"    {line.target} = {line.call}" if line.results else f"    {line.call}")
             live |= line.reads
         source = "\n".join([f"def program({', '.join(self._inputs)}):", *reversed(lines)])
-        names = dict(self._bound)
+        names = dict(self.bound)
         exec(compile(source, "<recorded operators>", "exec"), names)
         program = names["program"]
 
@@ -213,8 +214,8 @@ class Recorder(TorchDispatchMode):
     def _bind(self, value: Any, name: str = "") -> str:
         """A name for what is the same in every replay; `name` or one that is made."""
         if id(value) not in self._bound_names:
-            name = name or f"c{len(self._bound)}"
-            self._bound[name], self._bound_names[id(value)] = value, name
+            name = name or f"c{len(self.bound)}"
+            self.bound[name], self._bound_names[id(value)] = value, name
         return self._bound_names[id(value)]
 
     def _lasting_tensor(self, tensor: Tensor) -> Tensor:
