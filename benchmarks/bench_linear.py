@@ -378,7 +378,7 @@ PART_OF = {"mlp_forward": "forward", "mlp_backward": "backward", "foreach_add": 
 
 
 def parts_of_replay(net: nn.Module, x: Tensor, target: Tensor, steps: int = 400) -> dict[str, float]:
-    """Median microseconds of the recorded operators of each part of a training step; what is no other's is of the loss."""
+    """Median microseconds of the operators of each part of a replayed step; what is no other part is the loss."""
     step = training_step(net, x, target)
     for _ in range(CALLS_BEFORE):
         step()
