@@ -23,8 +23,7 @@ class ReplayedStep(EagerStep):
     def __init__(self, task: Task, training: Training, order_seed: int, stage: object) -> None:
         super().__init__(task, training, order_seed, stage)
         self._batch: Any = None  # of this iteration
-        self._names: list[Any] = []  # of the losses
-        self._with_gradient: tuple[int, ...] = ()  # numbers of the parameters that the step leaves one in
+        self._found: dict[int, Tensor] = {}  # its gradients, by the numbers of their parameters
         self._options: list[dict[str, Any]] = []
         self._changes = 0  # of the options
         self._half_with_gradients = Replayed(self._differentiate, self._form_of_batch)
@@ -38,22 +37,20 @@ class ReplayedStep(EagerStep):
                 f"the training step cannot be replayed ({self._half_with_gradients.refusal}); graph=False, or lth run "
                 "--no-graph, runs it as it is"
             )
-        return dict(zip(self._names, losses, strict=True))
+        return losses
 
     def _update(self) -> None:
-        self._half_with_update(*self._found)
+        self._half_with_update(*self._found.values())
 
-    def _differentiate(self, *tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _differentiate(self, *tensors: Tensor) -> tuple[dict[Any, Tensor], dict[int, Tensor]]:
         losses = named(self.task.step(self.training.model, like(self._batch, tensors)))
         self._require_gradients()
-        self._names = list(losses)
         found = {i: one.grad for i, one in enumerate(self.training.parameters) if one.grad is not None}
-        self._with_gradient, gradients = tuple(found), list(found.values())
         self._clear_gradients()
-        return list(losses.values()), gradients
+        return dict(losses), found
 
     def _take_update(self, *gradients: Tensor) -> None:
-        for i, gradient in zip(self._with_gradient, gradients, strict=True):
+        for i, gradient in zip(self._found, gradients, strict=True):
             self.training.parameters[i].grad = gradient
         super()._update()
 
@@ -66,4 +63,4 @@ class ReplayedStep(EagerStep):
         options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         if options != self._options:
             self._options, self._changes = options, self._changes + 1
-        return self._changes, self._with_gradient
+        return self._changes, tuple(self._found)

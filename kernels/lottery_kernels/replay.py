@@ -205,7 +205,8 @@ class Recorder(TorchDispatchMode):
             case builtins.tuple():
                 text = f"({''.join(self._expression(part, inner) + ', ' for part in value)})"
             case builtins.dict():
-                text = f"{{{', '.join(f'{key!r}: {self._expression(part, inner)}' for key, part in value.items())}}}"
+                parts = (f"{self._bind(key)}: {self._expression(part, inner)}" for key, part in value.items())
+                text = f"{{{', '.join(parts)}}}"
             case _:
                 return self._bind(value)
         reads |= inner

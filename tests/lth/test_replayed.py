@@ -128,6 +128,34 @@ def test_of_several_losses_the_bad_one_is_named() -> None:
         trained(ReplayedStep, 12, task_of(batches=numbered, step=stepping(losses)))
 
 
+def test_losses_and_gradients_that_go_with_the_form_of_a_batch() -> None:
+    x, y = tiny.examples()
+    seen: list[tuple[Any, ...]] = []
+
+    def step(model: nn.Module, batch: Any) -> Any:
+        if isinstance(batch, dict):
+            loss = F.cross_entropy(model(batch["x"]), batch["y"])
+            loss.backward()
+            return {"fit": loss}
+        size = model.get_parameter("0.weight").square().sum()
+        size.backward()
+        return [size]
+
+    class Watched(ReplayedStep):
+        def _update(self) -> None:
+            seen.append(tuple(self._found))
+            super()._update()
+
+    def drawn(iteration: int, seed: int) -> Any:
+        return {"x": x, "y": y} if iteration % 2 else (x,)
+
+    task = task_of(batches=drawn, step=step)
+    assert_same(trained(EagerStep, 20, task), trained(Watched, 20, task))
+    assert seen == [(0,), (0, 1, 2, 3, 4, 5)] * 10
+    losses = [Watched(task, Training.begin(task, task.model(), 0), 3, "a test")._gradients(drawn(i, 0)) for i in (0, 1)]
+    assert [list(one) for one in losses] == [[0], ["fit"]]
+
+
 def test_a_step_that_asks_for_values_is_refused_before_its_update() -> None:
     def asks(model: nn.Module, batch: Any) -> Tensor:
         loss = tiny.step(model, batch)
