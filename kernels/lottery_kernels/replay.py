@@ -49,8 +49,8 @@ class Replayed:
     are not torch's, hooks. `key` tells of what may change. Results have no gradient graph, and `.grad` of parameters
     stays what the recorded call left: return the gradients to see them.
 
-    A function that asks for a value (`.item()`), or makes shapes from one, is not replayed: every call runs as it is,
-    and `refusal` says why.
+    A function that asks for a value (`.item()`), makes shapes from one or talks to other processes is not replayed:
+    every call runs as it is, and `refusal` says why.
 
     Attributes:
         refusal: why nothing is replayed; None if nothing speaks against it so far.
@@ -149,6 +149,8 @@ class Recorder(TorchDispatchMode):
             self.refuse(f"{op} asks for a value")
         if torch.Tag.dynamic_output_shape in op.tags and not _is_indexed_by_numbers(op, args):
             self.refuse(f"{op} asks for a shape that depends on values")
+        if "c10d" in op.namespace:
+            self.refuse(f"{op} talks to other processes")
         if op is torch.ops.aten.lift_fresh.default:  # of a tensor made from numbers, which the function may write into
             op, args = torch.ops.aten.clone.default, (args[0].clone(),)
             self._bind(args[0])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -351,6 +352,18 @@ def test_one_replayed_function_in_another() -> None:
 def test_functions_that_are_not_replayed(function: Callable[[Tensor], Tensor], why: str) -> None:
     replayed = same_for(function, torch.tensor([1.0, 2.0]))
     assert replayed.refusal is not None and why in replayed.refusal
+
+
+def test_a_step_that_talks_to_other_processes_is_not_replayed() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(lenet())
+        replayed = Replayed(training_step(model, OPTIMIZERS["adam"](model.parameters())))
+        for x, target in batches():
+            replayed(x, target)
+        assert replayed.refusal is not None and "talks to other processes" in replayed.refusal
+    finally:
+        dist.destroy_process_group()
 
 
 def test_an_error_is_no_recording() -> None:
