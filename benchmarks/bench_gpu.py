@@ -1,6 +1,6 @@
 """The work of the GPU kernels, counted from their compiled code, without a GPU.
 
-    python -m benchmarks.bench_gpu [--only TEXT] [--jobs 2] [--out benchmarks/gpu_work.md]
+    python -m benchmarks.bench_gpu [--only TEXT] [--shares 0.05 …] [--jobs 2] [--out benchmarks/gpu_work.md]
 
 Every kernel is compiled for sm_80 and executed in the emulator of `tests/gpuless` on a sample of its programs that
 stands for all of them: a tile of activations (for a convolution, tiles of a whole image) times all block rows, or for
@@ -33,11 +33,12 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import itertools
 import math
 import multiprocessing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -260,12 +261,13 @@ def _sectors(counts: Counts) -> float:
     return counts["sectors read"] + counts["sectors written"]
 
 
-def table(only: str, jobs: int) -> Iterator[str]:
+def table(only: str, shares: Sequence[float], jobs: int) -> Iterator[str]:
     """The lines of the Markdown tables; layers are counted in `jobs` processes."""
     plain, tf32 = LAYERS[PER_LAYER], replace(LAYERS[IN_TF32], precision="tf32")
-    tables = [("The three passes together, bf16 (fp16 counts alike)", LAYERS, _lines)]
+    lines_at = functools.partial(_lines, shares=shares)
+    tables = [("The three passes together, bf16 (fp16 counts alike)", LAYERS, lines_at)]
     tables += [("Pass by pass, bf16", {PER_LAYER: plain}, _lines_of_passes)]
-    tables += [("fp32 by tf32", {IN_TF32: tf32}, _lines)]
+    tables += [("fp32 by tf32", {IN_TF32: tf32}, lines_at)]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_alone) as pool:
         waiting = []
         for title, layers, lines in tables:
@@ -291,13 +293,11 @@ def _lines_of_layer(lines: Callable[..., Iterator[str]], name: str, layer: Layer
     return [line for block in blocks for line in lines(name, replace(layer, block=(block, block)), dense)]
 
 
-def _lines(name: str, plain: Layer, dense: list[dict[str, Counts]]) -> Iterator[str]:
-    full: dict[str, Counts] = {}
-    for share in SHARES:
+def _lines(name: str, plain: Layer, dense: list[dict[str, Counts]], shares: Sequence[float]) -> Iterator[str]:
+    full, blocks = sparse_work(replace(plain, density=1.0))
+    for share in shares:
         layer = replace(plain, density=share)
-        passes, nnz = sparse_work(layer)
-        if share == 1.0:
-            full, blocks = passes, nnz
+        passes, nnz = (full, blocks) if share == 1.0 else sparse_work(layer)
         if nnz:
             yield _line(f"{name}, {layer.block[0]}", layer, nnz, nnz / blocks, passes, full, dense, bsr_work(layer))
 
@@ -351,11 +351,12 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="layers whose line contains this text, for example 'linear 4096, 32'"
     )
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="live shares of blocks to count at")
     parser.add_argument("--jobs", type=int, default=1, help="processes that count at the same time")
     parser.add_argument("--out", type=Path, help="Markdown file to write the table to")
     given = parser.parse_args()
     lines = [HEAD]
-    for line in table(given.only, given.jobs):
+    for line in table(given.only, given.shares, given.jobs):
         print(line, flush=True)
         lines.append(line)
     if given.out:

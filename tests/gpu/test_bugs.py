@@ -15,6 +15,8 @@ pytestmark = pytest.mark.usefixtures("nan_filled")
 LINEAR = Layer("fp16", (32, 32), (144, 112), 100, density=0.6, fine=True, together=2)
 CUT = Layer("fp16", (32, 32), (64, 64), 2100, density=0.6, fine=True)  # wgrad in two phases
 STEPS = Layer("fp16", (16, 16), (80, 392), 100, density=0.6, together=2)  # two steps in a turn of the loop
+TALL = Layer("fp16", (16, 16), (392, 80), 100, density=0.6, together=2)  # the same of the transposed index
+EMPTY = Layer("fp16", (16, 16), (80, 64), 100, density=0.2, together=2)  # with lines that have no block
 SEVERAL = Layer("fp16", (16, 16), (72, 104), 1100, density=0.5)  # wgrad of several blocks together
 CONV = Layer("fp16", (16, 16), (40, 24, 3, 3), 2, (6, 7), (2, 1), (1, 1), density=0.5, fine=True)
 WHOLE = Layer("fp16", (16, 16), (48, 48, 3, 3), 64, (4, 4), padding=(1, 1), density=0.4)  # several blocks a program
@@ -32,25 +34,28 @@ BUGS = {
         "all lines written as the first": ("n = line * BLOCK_N + first_n", "n = first_n", "y"),
         "live lines taken for empty": ("if begin == end:", "if begin < end:", "y"),
         "bias forgotten": ("EVEN_N, HAS_BIAS", "EVEN_N, False", "y"),
-        "transposed index not used": ("tl.load(entry_ptr + following // PER_BLOCK) if TRANSPOSED else ", "", "dx"),
+        "transposed index not used": ("tl.load(entry_ptr + entry) if TRANSPOSED else ", "", "dx"),
         "sums carried into the next line": (
             f"{DEEP}b_y = tl.zeros((HM, BN), dtype=tl.float32)",
             f"{DEEP}b_y = b_y",
             "y",
         ),
-        "line not written at its end": ("if i + STEPS == line_end:", "if i + STEPS == -1:", "y"),
+        "line not written at its end": ("if i == line_end:", "if i == -1:", "y"),
         "run of lines too long": ("first_line + LINES,", "first_line + LINES + 1,", "y"),
         "half of the depth left out": ("add_product(b_x1, b_b1, b_y,", "add_product(b_x, b_b1, b_y,", "y"),
         "values not transposed": ("o_k[:, None] * STEP_K + o_n[None", "o_k[:, None] * STEP_N + o_n[None", "dx"),
     },
     (STEPS, linear, "linear_product_kernel"): {
         "line not written in the middle of a turn": ("if i + 1 == line_end:", "if i + 1 == -1:", "y"),
-        "last step alone left out": ("if last_turn < last_step:", "if last_turn < 0:", "y"),
-        "values of the first step taken twice": ("tl.cast(i_entry1,", "tl.cast(i_entry,", "y"),
+        "first step alone left out": ("PER_BLOCK % 2 == 1:", "PER_BLOCK % 2 == 2:", "y"),
+        "values of the first step taken twice": ("p_b += BLOCK_K * BLOCK_N if", "p_b += 0 if", "y"),
         "tail of the second step not masked": ("(outer1 + o_k < K)", "(outer1 + o_k >= 0)", "y"),
     },
-    (LINEAR, linear, "end_of_line"): {
-        "last line written twice": ("end == last_step", "end < 0", "y"),
+    (TALL, linear, "linear_product_kernel"): {
+        "transposed index of the first step taken twice": ("tl.cast(i_entry1,", "tl.cast(i_entry,", "dx"),
+    },
+    (EMPTY, linear, "any_empty"): {
+        "empty lines not written": ("> 0", "> 1", "y"),
     },
     (CUT, linear, "sum_blocks"): {
         "end of a part ignored": ("last = tl.minimum(first + part, M)", "last = M", "dvalues"),
@@ -62,14 +67,12 @@ BUGS = {
         "all blocks at the column of the first": ("tl.where(o_j == j,", "tl.where(o_j == -1,", "dvalues"),
         "all blocks written as the first": ("o_j * (R * C) + o_c", "o_c", "dvalues"),
     },
-    (SEVERAL, linear, "of_one_row"): {
-        "blocks of two rows taken for one row's": ("(last < nnz) & (", "(last < nnz) | (", "dvalues"),
-    },
-    (SEVERAL, linear, "linear_wgrad_kernel"): {
+    (SEVERAL, linear, "sum_entries"): {
+        "blocks of two rows taken for one row's": ("elif of_one_row(", "elif nnz > 0 or of_one_row(", "dvalues"),
         "blocks left out where rows change": ("range(begin, end, HALF)", "range(begin, end - HALF, HALF)", "dvalues"),
     },
     (CUT, launch, "add_parts_kernel"): {
-        "a part left out of the sum": ("range(PARTS)", "range(PARTS - 1)", "dvalues"),
+        "a part left out of the sum": ("range(1, PARTS)", "range(2, PARTS)", "dvalues"),
         "dead positions not zero": ("if HAS_ALIVE:", "if False:", "dvalues"),
     },
     (CONV, conv, "load_tap"): {
@@ -98,10 +101,8 @@ BUGS = {
         ),
         "blocks written over each other": ("(o_j * (R * C) + o_c)", "o_c", "dvalues"),
     },
-    (WHOLE, conv_wgrad, "of_one_row"): {
-        "blocks of two rows taken for one's": ("(last < nnz) & (", "(last < nnz) | (", "dvalues"),
-    },
-    (WHOLE, conv_wgrad, "conv2d_wgrad_kernel"): {
+    (WHOLE, conv_wgrad, "sum_entries"): {
+        "blocks of two rows taken for one's": ("elif of_one_row(", "elif nnz > 0 or of_one_row(", "dvalues"),
         "blocks at a row's end left out": ("range(begin, end, HALF)", "range(begin, end - HALF, HALF)", "dvalues"),
     },
 }

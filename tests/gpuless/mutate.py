@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import itertools
 import linecache
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 from triton.runtime.jit import JITFunction
 
@@ -17,7 +19,7 @@ _number = itertools.count()
 @contextmanager
 def planted(module: ModuleType, kernel: str, right: str, wrong: str) -> Iterator[None]:
     """While inside, `module.kernel` is compiled from its source with `right`, which must occur, replaced by `wrong`,
-    and so are the module's kernels that call it, directly or not."""
+    and so are the module's kernels that call it or hand it on, directly or not."""
     source = inspect.getsource(getattr(module, kernel).fn)
     if right not in source:
         raise ValueError(f"{kernel} has no {right!r} any more: plant the bug in what it has now")
@@ -26,21 +28,20 @@ def planted(module: ModuleType, kernel: str, right: str, wrong: str) -> Iterator
     sources = {kernel: source.replace(right, wrong)}
     called = [kernel]
     for inner in called:  # grows while it is walked: callers of callers too, behind what they call
-        callers = [name for name, text in others.items() if f"{inner}(" in text and name not in called]
+        callers = [name for name, text in others.items() if re.search(rf"\b{inner}\b", text) and name not in called]
         called += callers
         sources |= {name: others[name] for name in callers}
     try:
         for name, text in sources.items():
-            setattr(module, name, _compiled(module, name, text))
+            setattr(module, name, _compiled(functions[name].fn.__globals__ | vars(module), name, text))
         yield
     finally:
         for name in sources:
             setattr(module, name, functions[name])
 
 
-def _compiled(module: ModuleType, kernel: str, source: str) -> JITFunction:
+def _compiled(namespace: dict[str, Any], kernel: str, source: str) -> JITFunction:
     name = f"<{kernel} with a bug, {next(_number)}>"
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-    namespace = dict(vars(module))
     exec(compile(source, name, "exec"), namespace)
     return namespace[kernel]

@@ -22,7 +22,7 @@ from ..pattern import Grid, Pattern, alive_only
 from .geometry import Geometry, check_groups, pair
 from .launch import Index, Lines, check, launch_product
 from .settings import Target, channels_last
-from .tiles import add_product, grouped_tile, pixel_offsets, row_offsets, store_tile
+from .tiles import add_product, any_empty, entry_of, grouped_tile, pixel_offsets, row_offsets, store_tile
 
 
 @triton.jit
@@ -63,10 +63,9 @@ def pixels(
 
 
 @triton.jit
-def load_tap(p_x, o_x, x_h, x_w, shift_h, shift_w, m_k, XH: tl.constexpr, XW: tl.constexpr, INSIDE: tl.constexpr):
-    """x [BM, BK] where pixels (x_h, x_w) look when they are shifted by a tap, zero outside of the image. p_x is shifted
-    already. m_k masks channels, None: none. INSIDE: no tap points outside."""
-    p_tap = p_x + o_x
+def load_tap(p_tap, x_h, x_w, shift_h, shift_w, m_k, XH: tl.constexpr, XW: tl.constexpr, INSIDE: tl.constexpr):
+    """x [BM, BK] at p_tap, where pixels (x_h, x_w) look when they are shifted by a tap, zero outside of the image. m_k
+    masks channels, None: none. INSIDE: no tap points outside."""
     if INSIDE:
         return tl.load(p_tap, mask=m_k, other=None if m_k is None else 0.0)
     else:  # a negative coordinate is a large unsigned one
@@ -141,6 +140,7 @@ def conv2d_product_kernel(
     PW: tl.constexpr = (YW + STRIDE_W - 1) // STRIDE_W if PHASES else YW
     FULL: tl.constexpr = EVEN_M and PH * PW * (STRIDE_H * STRIDE_W if PHASES else 1) == YH * YW
     IMAGES: tl.constexpr = BM // (PH * PW) + 2  # at most in a tile
+    ROOM: tl.constexpr = BN < 64 or BM % PW == 0  # registers left: else ptxas spills for less
     HM: tl.constexpr = BM // 2 if HALVES == "rows" else BM
     HK: tl.constexpr = BK // 2 if HALVES == "depth" else BK
     per_phase = tiles * tl.cdiv(lines, LINES) * PER_LINE
@@ -151,7 +151,7 @@ def conv2d_product_kernel(
     begin_ptr += i_phase * lines
     begin = tl.load(begin_ptr + first_line)
     end = tl.load(begin_ptr + last_line)
-    i_group = first_line // BLOCKS_N
+    i_group = first_line // BLOCKS_N if GROUPS > 1 else 0
     first_n = i_n % PER_LINE * BN  # within a line
     o_n = tl.arange(0, BN)
     o_m = tl.arange(0, HM)
@@ -180,12 +180,13 @@ def conv2d_product_kernel(
     at = (o_y, m_y, o_y1, m_y1)
     b_y = tl.zeros((HM, BN), dtype=tl.float32)
     b_y1 = b_y  # the other half of the rows
-    for line in range(first_line, last_line):
-        if tl.load(begin_ptr + line) == tl.load(begin_ptr + line + 1):  # nothing to read and nothing to add up
-            n = line % BLOCKS_N * BLOCK_N + first_n  # within the group
-            store_tile(
-                y_ptr, bias_ptr, b_y, b_y1, i_group * N + n, N - n, o_n, at, FULL, EVEN_N, HAS_BIAS, False, HALVES
-            )
+    # Nothing to read and nothing to add up. Without room each line is looked at, as ptxas would spill.
+    if any_empty(begin_ptr, first_line, lines, begin, end, LINES) if ROOM else True:
+        for line in range(first_line, last_line):
+            if tl.load(begin_ptr + line) == tl.load(begin_ptr + line + 1):
+                n = (line % BLOCKS_N if GROUPS > 1 else line) * BLOCK_N + first_n  # within the group
+                n_y = i_group * N + n
+                store_tile(y_ptr, bias_ptr, b_y, b_y1, n_y, N - n, o_n, at, FULL, EVEN_N, HAS_BIAS, False, HALVES)
     if begin == end:
         return
 
@@ -200,10 +201,11 @@ def conv2d_product_kernel(
     tl.assume(first_step < last_step)
     i_block = tl.load(block_ptr + begin)
     i_entry = tl.load(entry_ptr + begin) if TRANSPOSED else begin
-    line = tl.load(line_ptr + begin)
+    line = tl.load(line_ptr + begin) if LINES > 1 else first_line
+    line_end = tl.load(begin_ptr + line + 1) * PER_BLOCK  # the step behind it
     for i in range(first_step, last_step):
         inner = (i & (PER_BLOCK - 1)) * BK
-        if BN < 64 or BM % PW == 0:  # without a sign divisions take fewer instructions; else ptxas would spill
+        if ROOM:  # without a sign divisions take fewer instructions
             i_block = i_block.to(tl.uint32)
         tap_h = (i_block // (BLOCKS_K * KW)).to(tl.int32)
         tap_w = (i_block // BLOCKS_K % KW).to(tl.int32)
@@ -217,31 +219,31 @@ def conv2d_product_kernel(
         p_x = x_ptr + (tl.cast(shift_h, tl.int64) * STRIDE_XH + (shift_w * STRIDE_XW + outer))
         p_b = values_ptr + (tl.cast(i_entry, tl.int64) * (BLOCK_K * BLOCK_N) + inner * STEP_K)
         m_k = (outer + o_k < K)[None, :] if TAIL_K else None
-        b_x = load_tap(p_x, o_x, x_h, x_w, shift_h, shift_w, m_k, XH, XW, INSIDE)  # [HM, HK]
+        b_x = load_tap(p_x + o_x, x_h, x_w, shift_h, shift_w, m_k, XH, XW, INSIDE)  # [HM, HK]
         b_b = tl.load(p_b + o_b)  # [HK, BN]
         if HALVES == "depth":
             m_k1 = (outer + HK + o_k < K)[None, :] if TAIL_K else None
-            b_x1 = load_tap(p_x + HK, o_x, x_h, x_w, shift_h, shift_w, m_k1, XH, XW, INSIDE)
+            b_x1 = load_tap(p_x + HK + o_x, x_h, x_w, shift_h, shift_w, m_k1, XH, XW, INSIDE)
             b_b1 = tl.load(p_b + HK * STEP_K + o_b)
         if HALVES == "rows":
-            b_x1 = load_tap(p_x, o_x1, x_h1, x_w1, shift_h, shift_w, m_k, XH, XW, INSIDE)
-        following = tl.minimum(i + 1, last_step - 1) // PER_BLOCK
-        i_block = tl.load(block_ptr + following)
-        i_entry = tl.load(entry_ptr + following) if TRANSPOSED else following
+            b_x1 = load_tap(p_x + o_x1, x_h1, x_w1, shift_h, shift_w, m_k, XH, XW, INSIDE)
+        entry = entry_of(tl.minimum(i + 1, last_step - 1), PER_BLOCK)
+        i_block = tl.load(block_ptr + entry)
+        i_entry = tl.load(entry_ptr + entry) if TRANSPOSED else entry
+        if LINES > 1:  # noqa: SIM102
+            if i == line_end:
+                n = line * BLOCK_N + first_n
+                store_tile(y_ptr, bias_ptr, b_y, b_y1, n, N - n, o_n, at, FULL, EVEN_N, HAS_BIAS, False, HALVES)
+                b_y = tl.zeros((HM, BN), dtype=tl.float32)
+                b_y1 = b_y
+                line = tl.load(line_ptr + entry_of(i, PER_BLOCK))
+                line_end = tl.load(begin_ptr + line + 1) * PER_BLOCK
         b_y = add_product(b_x, b_b, b_y, PRECISION)
         if HALVES == "depth":
             b_y = add_product(b_x1, b_b1, b_y, PRECISION)
         if HALVES == "rows":
             b_y1 = add_product(b_x1, b_b, b_y1, PRECISION)
-        if LINES > 1:  # stands last in the loop: in front of the product Triton's pipeliner takes the line too early
-            i_line = tl.load(line_ptr + following)
-            if i_line != line:
-                n = line * BLOCK_N + first_n
-                store_tile(y_ptr, bias_ptr, b_y, b_y1, n, N - n, o_n, at, FULL, EVEN_N, HAS_BIAS, False, HALVES)
-                b_y = tl.zeros((HM, BN), dtype=tl.float32)
-                b_y1 = b_y
-                line = i_line
-    n = line % BLOCKS_N * BLOCK_N + first_n
+    n = (line % BLOCKS_N if GROUPS > 1 else line) * BLOCK_N + first_n
     store_tile(y_ptr, bias_ptr, b_y, b_y1, i_group * N + n, N - n, o_n, at, FULL, EVEN_N, HAS_BIAS, False, HALVES)
 
 

@@ -17,7 +17,7 @@ from ..pattern import Pattern
 from .geometry import Geometry, check_groups
 from .launch import Index, check, launch_wgrad
 from .settings import channels_last
-from .tiles import add_product, load_rows, of_one_row, pixel_offsets, row_offsets, store_block
+from .tiles import add_product, load_rows, pixel_offsets, row_offsets, store_block, sum_entries
 
 
 @triton.jit
@@ -88,18 +88,18 @@ def sum_blocks(
     i_entry,
     first_r,
     first_c,
-    image: tl.constexpr,  # as for `load_pixels`
-    tap: tl.constexpr,  # KW, padding and dilation
-    layer: tl.constexpr,  # N, K, GROUPS
+    layer: tl.constexpr,  # image as for `load_pixels`; KW, padding and dilation; N, K, GROUPS
     tile: tl.constexpr,  # R, C, BR, BC
     flags: tl.constexpr,  # HALVES, EVEN_M, SPLIT, HAS_ALIVE, PRECISION
     BM: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """A tile [BR, BC] of each of BLOCKS blocks from i_entry on, which are of one block row: one product."""
-    N: tl.constexpr = layer[0]
-    K: tl.constexpr = layer[1]
-    GROUPS: tl.constexpr = layer[2]
+    image: tl.constexpr = layer[0]
+    tap: tl.constexpr = layer[1]
+    N: tl.constexpr = layer[2]
+    K: tl.constexpr = layer[3]
+    GROUPS: tl.constexpr = layer[4]
     R: tl.constexpr = tile[0]
     C: tl.constexpr = tile[1]
     BR: tl.constexpr = tile[2]
@@ -120,33 +120,35 @@ def sum_blocks(
     # Where tiles are larger, registers do not suffice.
     HOISTED: tl.constexpr = BM % (image[0] * image[1]) == 0 and BR * BC * BLOCKS < 64 * 64
     i_row = tl.load(row_ptr + i_entry)
-    i_group = i_row // BLOCKS_N
+    i_group = i_row // BLOCKS_N if GROUPS > 1 else 0
     o_r = first_r + tl.arange(0, BR)
     o_j = tl.arange(0, BLOCKS * BC) // BC  # which of the blocks
     o_c = first_c + tl.arange(0, BLOCKS * BC) % BC
     i_col = tl.load(col_ptr + i_entry) + tl.zeros((BLOCKS * BC,), dtype=tl.int32)
     for j in tl.static_range(1, BLOCKS):
         i_col = tl.where(o_j == j, tl.load(col_ptr + i_entry + j), i_col)
-    first_n = i_row % BLOCKS_N * R  # within the group
-    o_k = i_col % BLOCKS_K * C + o_c
+    first_n = (i_row % BLOCKS_N if GROUPS > 1 else i_row) * R  # within the group
+    i_col = i_col.to(tl.uint32)  # without a sign divisions take fewer instructions
+    o_k = (i_col % BLOCKS_K).to(tl.int32) * C + o_c
     m_n = (first_n + o_r < N)[:, None]
     m_k = (o_k < K)[None, :]
-    shift_h = (i_col // BLOCKS_K // KW * DILATION_H - PAD_H)[None, :]
-    shift_w = (i_col // BLOCKS_K % KW * DILATION_W - PAD_W)[None, :]
+    shift_h = ((i_col // BLOCKS_K // KW).to(tl.int32) * DILATION_H - PAD_H)[None, :]
+    shift_w = ((i_col // BLOCKS_K % KW).to(tl.int32) * DILATION_W - PAD_W)[None, :]
     p_c = x_ptr + i_group * K + (shift_h.to(tl.int64) * image[5] + (shift_w * image[6] + o_k[None, :]))
     first = i_part * part
     last = tl.minimum(first + part, M)
     o_m = tl.arange(0, HM)
     # dy is read as its transpose: a tile that is transposed after it was loaded would not be copied asynchronously.
-    dy_ptr += i_group * N + first_n
-    o_dy = row_offsets(o_m, GROUPS * N)[None, :] + o_r[:, None]
+    p_dy = dy_ptr + (i_group * N + first_n) + o_r[:, None]
+    p_dy1 = p_dy + row_offsets((HM + o_m).to(tl.int64), GROUPS * N)[None, :]
+    p_dy += row_offsets(o_m.to(tl.int64), GROUPS * N)[None, :]  # [BR, HM]
     b_dw = tl.zeros((BR, BLOCKS * BC), dtype=tl.float32)
     for m in range(first, last, BM):
-        m1 = m + HM
-        b_dy = load_rows(dy_ptr, m, GROUPS * N, o_dy, m_n, (m + o_m < last)[None, :], TAIL_N, EVEN_M)  # [BR, HM]
+        o_dy = tl.cast(m, tl.int64) * (GROUPS * N)
+        b_dy = load_rows(p_dy + o_dy, m_n, (m + o_m < last)[None, :], TAIL_N, EVEN_M)
         b_x = load_pixels(p_c, m, o_m, m_k, last, shift_h, shift_w, image, EVEN_M, TAIL_K, 0, HOISTED)
         if HALVES == "depth":
-            b_dy1 = load_rows(dy_ptr, m1, GROUPS * N, o_dy, m_n, (m1 + o_m < last)[None, :], TAIL_N, EVEN_M)
+            b_dy1 = load_rows(p_dy1 + o_dy, m_n, (m + HM + o_m < last)[None, :], TAIL_N, EVEN_M)
             b_x1 = load_pixels(p_c, m, o_m, m_k, last, shift_h, shift_w, image, EVEN_M, TAIL_K, HM, HOISTED)
         b_dw = add_product(b_dy, b_x, b_dw, PRECISION)
         if HALVES == "depth":
@@ -200,35 +202,14 @@ def conv2d_wgrad_kernel(
     """dvalues [nnz, R, C], the sum over dy's pixels at the live blocks; with SPLIT, [parts, nnz, R, C] of `part` pixels
     each. dy is [n, YH, YW, GROUPS · N], contiguous, x is [n, XH, XW, GROUPS · K].
 
-    A program computes a tile of BLOCKS blocks that follow each other, 1, 2 or 4: in one product where they are of one
-    block row, since they then share what is read of dy, else in pairs of one row and one by one,
-    MORE pixels in a step instead of BM."""
-    TILES_C: tl.constexpr = C // BC
-    TILES: tl.constexpr = R // BR * TILES_C  # programs that share a block
-    HALF: tl.constexpr = BLOCKS // 2
-    pid = tl.program_id(0)
-    programs = tl.cdiv(nnz, BLOCKS) * TILES
-    begin = pid % programs // TILES * BLOCKS
-    end = tl.minimum(begin + BLOCKS, nnz)
-    part_of_block = pid % TILES
-    tensors = (dy_ptr, x_ptr, out_ptr, row_ptr, col_ptr, alive_ptr, nnz, M, part, pid // programs)
-    first = (part_of_block // TILES_C * BR, part_of_block % TILES_C * BC)
+    A program's share is that of `sum_entries`."""
+    tensors = (dy_ptr, x_ptr, out_ptr, row_ptr, col_ptr, alive_ptr, nnz, M, part)
     image: tl.constexpr = (YH, YW, XH, XW, STRIDE_XN, STRIDE_XH, STRIDE_XW, STRIDE_H, STRIDE_W, INSIDE)
     tap: tl.constexpr = (KW, PAD_H, PAD_W, DILATION_H, DILATION_W)
-    layer: tl.constexpr = (N, K, GROUPS)
+    layer: tl.constexpr = (image, tap, N, K, GROUPS)
     tile: tl.constexpr = (R, C, BR, BC)
     flags: tl.constexpr = (HALVES, EVEN_M, SPLIT, HAS_ALIVE, PRECISION)
-    if BLOCKS == 1:
-        sum_blocks(*tensors, begin, *first, image, tap, layer, tile, flags, BM, 1)
-    elif of_one_row(row_ptr, begin, begin + BLOCKS - 1, nnz):
-        sum_blocks(*tensors, begin, *first, image, tap, layer, tile, flags, BM, BLOCKS)
-    else:
-        for i in range(begin, end, HALF):
-            if of_one_row(row_ptr, i, i + HALF - 1, nnz) if HALF > 1 else False:
-                sum_blocks(*tensors, i, *first, image, tap, layer, tile, flags, MORE, HALF)
-            else:
-                for j in range(i, tl.minimum(i + HALF, end)):
-                    sum_blocks(*tensors, j, *first, image, tap, layer, tile, flags, MORE, 1)
+    sum_entries(sum_blocks, tensors, layer, tile, flags, BM, MORE, BLOCKS)
 
 
 # Launchers

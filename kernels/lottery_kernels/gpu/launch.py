@@ -48,8 +48,8 @@ def add_parts_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK
     o = tl.arange(0, BLOCK)
     m = None if EVEN else o < size - first
-    b = tl.zeros((BLOCK,), dtype=tl.float32)
-    for i in range(PARTS):
+    b = tl.load(parts_ptr + first + o, mask=m, other=None if EVEN else 0.0)
+    for i in range(1, PARTS):
         b += tl.load(parts_ptr + (tl.cast(i, tl.int64) * size + first) + o, mask=m, other=None if EVEN else 0.0)
     if HAS_ALIVE:
         b = tl.where(tl.load(alive_ptr + first + o, mask=m, other=None if EVEN else 0) != 0, b, 0.0)

@@ -17,14 +17,17 @@ from torch import Tensor
 from ..pattern import Pattern, alive_only
 from .launch import Index, Lines, check, launch_product, launch_wgrad
 from .settings import Target, row_major
-from .tiles import add_product, grouped_tile, load_rows, of_one_row, row_offsets, store_block, store_tile
-
-
-@triton.jit
-def end_of_line(begin_ptr, line, last_step, PER_BLOCK: tl.constexpr):
-    """The step behind a line, 0 if it is `last_step`: the last line is written behind the loop."""
-    end = tl.load(begin_ptr + line + 1) * PER_BLOCK
-    return tl.where(end == last_step, 0, end)
+from .tiles import (
+    add_product,
+    any_empty,
+    entry_of,
+    grouped_tile,
+    load_rows,
+    row_offsets,
+    store_block,
+    store_tile,
+    sum_entries,
+)
 
 
 @triton.jit(do_not_specialize=["tiles", "lines", "M"], do_not_specialize_on_alignment=["order_ptr"])
@@ -81,67 +84,92 @@ def linear_product_kernel(
     first_n = i_n % PER_LINE * BN  # within a line
     first = i_m * BM
     rows = M - first
-    o_m = tl.arange(0, HM)
     o_n = tl.arange(0, BN)
     o_k = tl.arange(0, HK)
     y_ptr += first.to(tl.int64) * N
+    # In 64 bits addresses of a thread's rows become one and constants added to it; 32 would be extended row by row.
+    # In exact fp32 ptxas would spill.
+    EXACT: tl.constexpr = PRECISION == "ieee" and x_ptr.dtype.element_ty == tl.float32
+    o_m = tl.arange(0, HM).to(tl.int32 if EXACT else tl.int64)
     at = (row_offsets(o_m, N), o_m < rows, row_offsets(HM + o_m, N), HM + o_m < rows)
     b_y = tl.zeros((HM, BN), dtype=tl.float32)
     b_y1 = b_y  # the other half of the rows
-    for line in range(first_line, last_line):
-        if tl.load(begin_ptr + line) == tl.load(begin_ptr + line + 1):  # nothing to read and nothing to add up
-            n = line * BLOCK_N + first_n
-            store_tile(y_ptr, bias_ptr, b_y, b_y1, n, N - n, o_n, at, EVEN_M, EVEN_N, HAS_BIAS, RELU, HALVES)
+    if any_empty(begin_ptr, first_line, lines, begin, end, LINES):  # nothing to read and nothing to add up
+        for line in range(first_line, last_line):
+            if tl.load(begin_ptr + line) == tl.load(begin_ptr + line + 1):
+                n = line * BLOCK_N + first_n
+                store_tile(y_ptr, bias_ptr, b_y, b_y1, n, N - n, o_n, at, EVEN_M, EVEN_N, HAS_BIAS, RELU, HALVES)
     if begin == end:
         return
 
     # Rows behind the last are read as the last and not written: that saves a mask in the loop.
     x_ptr += first.to(tl.int64) * STRIDE_X
-    o_x = row_offsets(o_m if EVEN_M else tl.minimum(o_m, rows - 1), STRIDE_X)[:, None] + o_k[None, :]
-    o_x1 = row_offsets(HM + o_m if EVEN_M else tl.minimum(HM + o_m, rows - 1), STRIDE_X)[:, None] + o_k[None, :]
+    o_x = row_offsets(o_m if EVEN_M else tl.minimum(o_m, rows - 1), STRIDE_X)[:, None]
+    o_x1 = row_offsets(HM + o_m if EVEN_M else tl.minimum(HM + o_m, rows - 1), STRIDE_X)[:, None]
+    p_rows = x_ptr + (o_x + o_k[None, :]) if EXACT else x_ptr + o_k[None, :] + o_x  # [HM, HK]
+    p_rows1 = x_ptr + o_k[None, :] + o_x1
     values_ptr += first_n * STEP_N
     o_b = o_k[:, None] * STEP_K + o_n[None, :] * STEP_N
     first_step = begin * PER_BLOCK
     last_step = end * PER_BLOCK
-    last_turn = last_step - (last_step - first_step) % STEPS
+    line = tl.load(line_ptr + begin) if LINES > 1 else first_line
+    line_end = tl.load(begin_ptr + line + 1) * PER_BLOCK  # the step behind it
     if STEPS == 1:
         tl.assume(first_step < last_step)
-    line = tl.load(line_ptr + begin)
-    line_end = end_of_line(begin_ptr, line, last_step, PER_BLOCK)
-    i_block = tl.load(block_ptr + begin)
-    i_entry = tl.load(entry_ptr + begin) if TRANSPOSED else begin
+    elif (end - begin) * PER_BLOCK % 2 == 1:  # a first step alone
+        outer = tl.load(block_ptr + begin) * BLOCK_K
+        i_entry = tl.load(entry_ptr + begin) if TRANSPOSED else begin
+        m_x = (outer + o_k < K)[None, :] if TAIL_K else None
+        b_x = tl.load(p_rows + outer, mask=m_x, other=OTHER)
+        b_b = tl.load(values_ptr + tl.cast(i_entry, tl.int64) * (BLOCK_K * BLOCK_N) + o_b)
+        b_y = add_product(b_x, b_b, b_y, PRECISION)
+        first_step += 1
+    entry = begin if STEPS == 1 else entry_of(tl.minimum(first_step, last_step - 1), PER_BLOCK)
+    i_block = tl.load(block_ptr + entry)
+    i_entry = tl.load(entry_ptr + entry) if TRANSPOSED else entry
     if STEPS == 2:
-        second = tl.minimum(first_step + 1, last_step - 1) // PER_BLOCK
-        i_block1 = tl.load(block_ptr + second)
-        i_entry1 = tl.load(entry_ptr + second) if TRANSPOSED else second
-    for i in range(first_step, last_turn, STEPS):
+        entry = entry_of(tl.minimum(first_step + 1, last_step - 1), PER_BLOCK)
+        i_block1 = tl.load(block_ptr + entry)
+        i_entry1 = tl.load(entry_ptr + entry) if TRANSPOSED else entry
+    for i in range(first_step, last_step, STEPS):
         inner = (i & (PER_BLOCK - 1)) * BK
         outer = i_block * BLOCK_K + inner
-        p_x = x_ptr + outer
         p_b = values_ptr + (tl.cast(i_entry, tl.int64) * (BLOCK_K * BLOCK_N) + inner * STEP_K)
         m_x = (outer + o_k < K)[None, :] if TAIL_K else None
-        b_x = tl.load(p_x + o_x, mask=m_x, other=OTHER)  # [HM, HK]
+        b_x = tl.load(p_rows + outer, mask=m_x, other=OTHER)  # [HM, HK]
         b_b = tl.load(p_b + o_b)  # [HK, BN]
         if HALVES == "depth":
             m_x1 = (outer + HK + o_k < K)[None, :] if TAIL_K else None
-            b_x1 = tl.load(p_x + HK + o_x, mask=m_x1, other=OTHER)
+            b_x1 = tl.load(p_rows + (outer + HK), mask=m_x1, other=OTHER)
             b_b1 = tl.load(p_b + HK * STEP_K + o_b)
         if HALVES == "rows":
-            b_x1 = tl.load(p_x + o_x1, mask=m_x, other=OTHER)
+            b_x1 = tl.load(p_rows1 + outer, mask=m_x, other=OTHER)
         if HALVES == "steps":
             inner1 = ((i + 1) & (PER_BLOCK - 1)) * BK
             outer1 = i_block1 * BLOCK_K + inner1
             m_x1 = (outer1 + o_k < K)[None, :] if TAIL_K else None
-            b_x1 = tl.load(x_ptr + outer1 + o_x, mask=m_x1, other=OTHER)
-            p_b1 = values_ptr + (tl.cast(i_entry1, tl.int64) * (BLOCK_K * BLOCK_N) + inner1 * STEP_K)
-            b_b1 = tl.load(p_b1 + o_b)
-        following = tl.minimum(i + STEPS, last_turn - STEPS)
-        i_block = tl.load(block_ptr + following // PER_BLOCK)
-        i_entry = tl.load(entry_ptr + following // PER_BLOCK) if TRANSPOSED else following // PER_BLOCK
+            b_x1 = tl.load(p_rows + outer1, mask=m_x1, other=OTHER)
+            if TRANSPOSED:
+                p_b = values_ptr + (tl.cast(i_entry1, tl.int64) * (BLOCK_K * BLOCK_N) + inner1 * STEP_K)
+            else:  # the next block, or the rest of this one
+                p_b += BLOCK_K * BLOCK_N if PER_BLOCK == 1 else BK * STEP_K
+            b_b1 = tl.load(p_b + o_b)
+        following = tl.minimum(i + STEPS, last_step - STEPS)
+        entry = entry_of(following, PER_BLOCK)
+        i_block = tl.load(block_ptr + entry)
+        i_entry = tl.load(entry_ptr + entry) if TRANSPOSED else entry
         if HALVES == "steps":
-            following1 = (following + 1) // PER_BLOCK
-            i_block1 = tl.load(block_ptr + following1)
-            i_entry1 = tl.load(entry_ptr + following1) if TRANSPOSED else following1
+            entry = entry_of(following + 1, PER_BLOCK)
+            i_block1 = tl.load(block_ptr + entry)
+            i_entry1 = tl.load(entry_ptr + entry) if TRANSPOSED else entry
+        if LINES > 1:  # noqa: SIM102
+            if i == line_end:
+                n = line * BLOCK_N + first_n
+                store_tile(y_ptr, bias_ptr, b_y, b_y1, n, N - n, o_n, at, EVEN_M, EVEN_N, HAS_BIAS, RELU, HALVES)
+                b_y = tl.zeros((HM, BN), dtype=tl.float32)
+                b_y1 = b_y
+                line = tl.load(line_ptr + entry_of(i, PER_BLOCK))
+                line_end = tl.load(begin_ptr + line + 1) * PER_BLOCK
         b_y = add_product(b_x, b_b, b_y, PRECISION)
         if HALVES == "depth":
             b_y = add_product(b_x1, b_b1, b_y, PRECISION)
@@ -153,24 +181,9 @@ def linear_product_kernel(
                     n = line * BLOCK_N + first_n
                     store_tile(y_ptr, bias_ptr, b_y, b_y1, n, N - n, o_n, at, EVEN_M, EVEN_N, HAS_BIAS, RELU, HALVES)
                     b_y = tl.zeros((HM, BN), dtype=tl.float32)
-                    line = tl.load(line_ptr + (i + 1) // PER_BLOCK)
-                    line_end = end_of_line(begin_ptr, line, last_step, PER_BLOCK)
+                    line = tl.load(line_ptr + entry_of(i + 1, PER_BLOCK))
+                    line_end = tl.load(begin_ptr + line + 1) * PER_BLOCK
             b_y = add_product(b_x1, b_b1, b_y, PRECISION)
-        if LINES > 1:  # noqa: SIM102
-            if i + STEPS == line_end:
-                n = line * BLOCK_N + first_n
-                store_tile(y_ptr, bias_ptr, b_y, b_y1, n, N - n, o_n, at, EVEN_M, EVEN_N, HAS_BIAS, RELU, HALVES)
-                b_y = tl.zeros((HM, BN), dtype=tl.float32)
-                b_y1 = b_y
-                line = tl.load(line_ptr + (i + STEPS) // PER_BLOCK)
-                line_end = end_of_line(begin_ptr, line, last_step, PER_BLOCK)
-    if last_turn < last_step:  # a last step alone
-        entry = last_turn // PER_BLOCK
-        outer = tl.load(block_ptr + entry) * BLOCK_K
-        i_entry = tl.load(entry_ptr + entry) if TRANSPOSED else entry
-        b_x = tl.load(x_ptr + outer + o_x, mask=(outer + o_k < K)[None, :] if TAIL_K else None, other=OTHER)
-        b_b = tl.load(values_ptr + tl.cast(i_entry, tl.int64) * (BLOCK_K * BLOCK_N) + o_b)
-        b_y = add_product(b_x, b_b, b_y, PRECISION)
     n = line * BLOCK_N + first_n
     store_tile(y_ptr, bias_ptr, b_y, b_y1, n, N - n, o_n, at, EVEN_M, EVEN_N, HAS_BIAS, RELU, HALVES)
 
@@ -224,19 +237,20 @@ def sum_blocks(
     first = i_part * part
     last = tl.minimum(first + part, M)
     # dy is read as its transpose: a tile that is transposed after it was loaded would not be copied asynchronously.
-    dy_ptr += first_n
-    o_dy = row_offsets(o_m, STRIDE_DY)[None, :] + o_r[:, None]
-    p_x = (x_ptr + i_col * C + o_c)[None, :]
-    o_x = row_offsets(o_m, STRIDE_X)[:, None]
+    p_dy = dy_ptr + first_n + o_r[:, None] + o_m.to(tl.int64)[None, :] * STRIDE_DY  # [BR, HM]
+    p_x = (x_ptr + i_col * C + o_c)[None, :] + o_m.to(tl.int64)[:, None] * STRIDE_X  # [HM, BLOCKS · BC]
+    p_dy1 = dy_ptr + first_n + o_r[:, None] + (HM + o_m).to(tl.int64)[None, :] * STRIDE_DY
+    p_x1 = (x_ptr + i_col * C + o_c)[None, :] + (HM + o_m).to(tl.int64)[:, None] * STRIDE_X
     b_dw = tl.zeros((BR, BLOCKS * BC), dtype=tl.float32)
     for m in range(first, last, BM):
         m_m = m + o_m < last
-        b_dy = load_rows(dy_ptr, m, STRIDE_DY, o_dy, m_n, m_m[None, :], TAIL_N, EVEN_M)  # [BR, HM]
-        b_x = load_rows(p_x, m, STRIDE_X, o_x, m_k, m_m[:, None], TAIL_K, EVEN_M)  # [HM, BLOCKS · BC]
+        i_m = tl.cast(m, tl.int64)
+        b_dy = load_rows(p_dy + i_m * STRIDE_DY, m_n, m_m[None, :], TAIL_N, EVEN_M)
+        b_x = load_rows(p_x + i_m * STRIDE_X, m_k, m_m[:, None], TAIL_K, EVEN_M)
         if HALVES == "depth":
             m_m1 = m + HM + o_m < last
-            b_dy1 = load_rows(dy_ptr, m + HM, STRIDE_DY, o_dy, m_n, m_m1[None, :], TAIL_N, EVEN_M)
-            b_x1 = load_rows(p_x, m + HM, STRIDE_X, o_x, m_k, m_m1[:, None], TAIL_K, EVEN_M)
+            b_dy1 = load_rows(p_dy1 + i_m * STRIDE_DY, m_n, m_m1[None, :], TAIL_N, EVEN_M)
+            b_x1 = load_rows(p_x1 + i_m * STRIDE_X, m_k, m_m1[:, None], TAIL_K, EVEN_M)
         b_dw = add_product(b_dy, b_x, b_dw, PRECISION)
         if HALVES == "depth":
             b_dw = add_product(b_dy1, b_x1, b_dw, PRECISION)
@@ -272,35 +286,13 @@ def linear_wgrad_kernel(
     HAS_ALIVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dvalues [nnz, R, C] = dyᵀ x at the live blocks; with SPLIT, partial sums [parts, nnz, R, C] of `part` rows.
-
-    A program computes a tile of BLOCKS blocks that follow each other, 1, 2 or 4: in one product where they are of one
-    block row, since they then share what is read of dy, else in pairs of one row and one by one,
-    MORE rows in a step instead of BM."""
-    TILES_C: tl.constexpr = C // BC
-    TILES: tl.constexpr = R // BR * TILES_C  # programs that share a block
-    HALF: tl.constexpr = BLOCKS // 2
-    pid = tl.program_id(0)
-    programs = tl.cdiv(nnz, BLOCKS) * TILES
-    begin = pid % programs // TILES * BLOCKS
-    end = tl.minimum(begin + BLOCKS, nnz)
-    part_of_block = pid % TILES
-    tensors = (dy_ptr, x_ptr, out_ptr, row_ptr, col_ptr, alive_ptr, nnz, M, part, pid // programs)
-    first = (part_of_block // TILES_C * BR, part_of_block % TILES_C * BC)
+    """dvalues [nnz, R, C] = dyᵀ x at the live blocks; with SPLIT, partial sums [parts, nnz, R, C] of `part` rows. A
+    program's share is that of `sum_entries`."""
+    tensors = (dy_ptr, x_ptr, out_ptr, row_ptr, col_ptr, alive_ptr, nnz, M, part)
     layer: tl.constexpr = (N, K, STRIDE_DY, STRIDE_X)
     tile: tl.constexpr = (R, C, BR, BC)
     flags: tl.constexpr = (HALVES, EVEN_M, SPLIT, HAS_ALIVE, PRECISION)
-    if BLOCKS == 1:
-        sum_blocks(*tensors, begin, *first, layer, tile, flags, BM, 1)
-    elif of_one_row(row_ptr, begin, begin + BLOCKS - 1, nnz):
-        sum_blocks(*tensors, begin, *first, layer, tile, flags, BM, BLOCKS)
-    else:
-        for i in range(begin, end, HALF):
-            if of_one_row(row_ptr, i, i + HALF - 1, nnz) if HALF > 1 else False:
-                sum_blocks(*tensors, i, *first, layer, tile, flags, MORE, HALF)
-            else:
-                for j in range(i, tl.minimum(i + HALF, end)):
-                    sum_blocks(*tensors, j, *first, layer, tile, flags, MORE, 1)
+    sum_entries(sum_blocks, tensors, layer, tile, flags, BM, MORE, BLOCKS)
 
 
 # Launchers

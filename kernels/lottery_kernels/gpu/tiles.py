@@ -17,6 +17,22 @@ def grouped_tile(pid, tiles, lines, GROUP: tl.constexpr):
 
 
 @triton.jit
+def any_empty(begin_ptr, first, lines, begin, end, LINES: tl.constexpr):
+    """Whether any of LINES lines from `first` on, which have entries `begin` to `end`, has none."""
+    if LINES == 1:
+        return begin == end
+    else:
+        p_begin = begin_ptr + tl.minimum(first + tl.arange(0, LINES), lines - 1)
+        return tl.max((tl.load(p_begin) == tl.load(p_begin + 1)).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def entry_of(step, PER_BLOCK: tl.constexpr):
+    """step // PER_BLOCK, which takes fewer instructions without a sign."""
+    return step if PER_BLOCK == 1 else (tl.cast(step, tl.uint32) // PER_BLOCK).to(tl.int32)
+
+
+@triton.jit
 def row_offsets(o_m, STRIDE: tl.constexpr):
     """o_m · STRIDE for rows o_m of a tile, in 32 bits where they hold it."""
     return o_m * STRIDE if o_m.shape[0] * STRIDE < 2**30 else o_m.to(tl.int64) * STRIDE
@@ -41,10 +57,8 @@ def pixel_offsets(
 
 
 @triton.jit
-def load_rows(ptr, m, STRIDE: tl.constexpr, o, m_features, m_rows, TAIL: tl.constexpr, EVEN_M: tl.constexpr):
-    """A tile of rows from m on, zero where masked; TAIL: features are; EVEN_M: rows are not."""
-    # The row is added to the pointer, not the pointer moved on from step to step: that would take two additions each.
-    p = ptr + tl.cast(m, tl.int64) * STRIDE + o
+def load_rows(p, m_features, m_rows, TAIL: tl.constexpr, EVEN_M: tl.constexpr):
+    """A tile at p, zero where masked; TAIL: features are; EVEN_M: rows are not."""
     if EVEN_M:
         return tl.load(p, mask=m_features if TAIL else None, other=0.0 if TAIL else None)
     else:
@@ -146,3 +160,42 @@ def store_block(
 def of_one_row(row_ptr, first, last, nnz):
     """Whether blocks first to last, both included, are of one block row."""
     return (last < nnz) & (tl.load(row_ptr + first) == tl.load(row_ptr + tl.minimum(last, nnz - 1)))
+
+
+@triton.jit
+def sum_entries(
+    sum_blocks: tl.constexpr,
+    tensors,  # dy, x, out, row, col, alive, nnz, M, part
+    layer: tl.constexpr,
+    tile: tl.constexpr,  # R, C, BR, BC
+    flags: tl.constexpr,
+    BM: tl.constexpr,
+    MORE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """What a program of wgrad does by `sum_blocks`: the tile of BLOCKS blocks that follow each other, 1, 2 or 4, over a
+    part of the sum; in one product where they are of one block row, since they then share what is read of dy, else in
+    pairs of one row and one by one, MORE rows in a step instead of BM."""
+    TILES_C: tl.constexpr = tile[1] // tile[3]
+    TILES: tl.constexpr = tile[0] // tile[2] * TILES_C  # programs that share a block
+    HALF: tl.constexpr = BLOCKS // 2
+    row_ptr, nnz = tensors[3], tensors[6]
+    pid = tl.program_id(0)
+    programs = tl.cdiv(nnz, BLOCKS) * TILES
+    begin = pid % programs // TILES * BLOCKS
+    end = tl.minimum(begin + BLOCKS, nnz)
+    i_part = pid // programs
+    i_tile = pid % TILES
+    first_r = i_tile // TILES_C * tile[2]
+    first_c = i_tile % TILES_C * tile[3]
+    if BLOCKS == 1:
+        sum_blocks(*tensors, i_part, begin, first_r, first_c, layer, tile, flags, BM, 1)
+    elif of_one_row(row_ptr, begin, begin + BLOCKS - 1, nnz):
+        sum_blocks(*tensors, i_part, begin, first_r, first_c, layer, tile, flags, BM, BLOCKS)
+    else:
+        for i in range(begin, end, HALF):
+            if of_one_row(row_ptr, i, i + HALF - 1, nnz) if HALF > 1 else False:
+                sum_blocks(*tensors, i_part, i, first_r, first_c, layer, tile, flags, MORE, HALF)
+            else:
+                for j in range(i, tl.minimum(i + HALF, end)):
+                    sum_blocks(*tensors, i_part, j, first_r, first_c, layer, tile, flags, MORE, 1)
