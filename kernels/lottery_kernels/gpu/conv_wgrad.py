@@ -117,6 +117,7 @@ def sum_blocks(
     TAIL_N: tl.constexpr = N % R != 0
     TAIL_K: tl.constexpr = K % C != 0
     HM: tl.constexpr = BM // 2 if HALVES == "depth" else BM
+    EXACT: tl.constexpr = PRECISION == "ieee" and x_ptr.dtype.element_ty == tl.float32  # short of registers
     # Where tiles are larger, registers do not suffice.
     HOISTED: tl.constexpr = BM % (image[0] * image[1]) == 0 and BR * BC * BLOCKS < 64 * 64
     i_row = tl.load(row_ptr + i_entry)
@@ -139,9 +140,10 @@ def sum_blocks(
     last = tl.minimum(first + part, M)
     o_m = tl.arange(0, HM)
     # dy is read as its transpose: a tile that is transposed after it was loaded would not be copied asynchronously.
+    o_row = o_m if EXACT else o_m.to(tl.int64)
     p_dy = dy_ptr + (i_group * N + first_n) + o_r[:, None]
-    p_dy1 = p_dy + row_offsets((HM + o_m).to(tl.int64), GROUPS * N)[None, :]
-    p_dy += row_offsets(o_m.to(tl.int64), GROUPS * N)[None, :]  # [BR, HM]
+    p_dy1 = p_dy + row_offsets(HM + o_row, GROUPS * N)[None, :]
+    p_dy += row_offsets(o_row, GROUPS * N)[None, :]  # [BR, HM]
     b_dw = tl.zeros((BR, BLOCKS * BC), dtype=tl.float32)
     for m in range(first, last, BM):
         o_dy = tl.cast(m, tl.int64) * (GROUPS * N)
