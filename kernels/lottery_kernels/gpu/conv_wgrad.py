@@ -140,10 +140,9 @@ def sum_blocks(
     last = tl.minimum(first + part, M)
     o_m = tl.arange(0, HM)
     # dy is read as its transpose: a tile that is transposed after it was loaded would not be copied asynchronously.
-    o_row = o_m if EXACT else o_m.to(tl.int64)
     p_dy = dy_ptr + (i_group * N + first_n) + o_r[:, None]
-    p_dy1 = p_dy + row_offsets(HM + o_row, GROUPS * N)[None, :]
-    p_dy += row_offsets(o_row, GROUPS * N)[None, :]  # [BR, HM]
+    p_dy1 = p_dy + row_offsets(HM + o_m if EXACT else (HM + o_m).to(tl.int64), GROUPS * N)[None, :]
+    p_dy += row_offsets(o_m if EXACT else o_m.to(tl.int64), GROUPS * N)[None, :]  # [BR, HM]
     b_dw = tl.zeros((BR, BLOCKS * BC), dtype=tl.float32)
     for m in range(first, last, BM):
         o_dy = tl.cast(m, tl.int64) * (GROUPS * N)
