@@ -153,7 +153,7 @@ class Recorder(TorchDispatchMode):
             self.refuse(f"{op} talks to other processes")
         if op is torch.ops.aten.lift_fresh.default:  # of a tensor made from numbers, which the function may write into
             op, args = torch.ops.aten.clone.default, (args[0].clone(),)
-            self._bind(args[0])
+            self._bind(args[0])  # it may take the place of a result that is gone
         reads: set[str] = set()
         parts = [self._expression(value, reads) for value in args]
         parts += [f"{name}={self._expression(value, reads)}" for name, value in kwargs.items()]
@@ -201,7 +201,9 @@ class Recorder(TorchDispatchMode):
                 if (name := self._names.get(value)) is not None:
                     reads.add(name)
                     return name
-                return self._bind(self._lasting_tensor(value))
+                if id(value) not in self._bound_names:
+                    self._check_lasting(value)
+                return self._bind(value)
             case builtins.list():
                 text = f"[{', '.join(self._expression(part, inner) for part in value)}]"
             case builtins.tuple():
@@ -221,12 +223,11 @@ class Recorder(TorchDispatchMode):
             self.bound[name], self._bound_names[id(value)] = value, name
         return self._bound_names[id(value)]
 
-    def _lasting_tensor(self, tensor: Tensor) -> Tensor:
-        """A tensor that no recorded operator made: it was there before, unless it lies where a result does or did."""
+    def _check_lasting(self, tensor: Tensor) -> None:
+        """A tensor that no recorded operator made was there before, unless it lies where a result does or did."""
         if _allocation(tensor) in self._memory:
             self.refuse("a tensor is used that is neither an input nor an operator's result, but lies where one does")
         self._lasting.add(_allocation(tensor))
-        return tensor
 
     def _target(self, result: Any, names: list[str]) -> str:
         """What an operator's result is assigned to; adds the variables in it to `names`. "_" is what needs none: no

@@ -291,6 +291,15 @@ def test_tensors_made_from_numbers_are_made_anew() -> None:
     assert same_for(function, torch.ones(3)).refusal is None
 
 
+def test_tensors_made_from_numbers_are_told_from_results_whose_place_they_take() -> None:
+    def function(x: Tensor) -> Tensor:
+        for number in range(100):
+            x = x * 2 + torch.tensor(float(number))
+        return x
+
+    assert same_for(function, torch.ones(3, dtype=torch.float64)).refusal is None
+
+
 def test_random_numbers_come_from_the_generator_in_the_same_order() -> None:
     assert (
         same_for(lambda x: F.dropout(x, 0.5) + torch.rand(100) + torch.randn_like(x), torch.ones(100)).refusal is None
