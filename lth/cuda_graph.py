@@ -88,7 +88,7 @@ class GatedStep(Step):
             _make_gateable(optimizer)
         self.device = training.parameters[0].device
         self.gate = Gate(self.device)
-        self._groups = [group for optimizer in training.optimizers for group in optimizer.param_groups]
+        self._groups = training.groups
         self._rates = [torch.zeros((), device=self.device) for _ in self._groups]
         self._rates_hold: list[float | None] = [None] * len(self._groups)
         self._batch: Any = None

@@ -59,8 +59,7 @@ class ReplayedStep(EagerStep):
 
     def _state_of_options(self) -> Hashable:
         """Another one whenever an optimizer's options are others than in the step before."""
-        groups = [group for optimizer in self.training.optimizers for group in optimizer.param_groups]
-        options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        options = self.training.options()
         if options != self._options:
             self._options, self._changes = options, self._changes + 1
         return self._changes, tuple(self._found)

@@ -79,8 +79,16 @@ class Training:
     last_save: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.parameters = [parameter for group in self.groups for parameter in group["params"]]
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all optimizers; loading an optimizer's state makes new ones."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def options(self) -> list[dict[str, Any]]:
+        """What the groups hold besides their parameters."""
+        return [{key: value for key, value in group.items() if key != "params"} for group in self.groups]
 
     @classmethod
     def begin(cls, task: Task, model: nn.Module, iteration: int) -> Training:
@@ -107,15 +115,12 @@ class Training:
 
     def schedule(self) -> dict[str, Any]:
         """Where schedules stand: the state of the schedulers, and what they set in the optimizers."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        return copy.deepcopy({"options": options, "schedulers": [one.state_dict() for one in self.schedulers]})
+        return copy.deepcopy({"options": self.options(), "schedulers": [one.state_dict() for one in self.schedulers]})
 
     def reschedule(self, iteration: int, schedule: Mapping[str, Any]) -> None:
         """Goes on from an iteration at which schedules stood so; weights and state of optimizers stay as they are."""
         self.iteration, schedule = iteration, copy.deepcopy(schedule)
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        for group, options in zip(groups, schedule["options"], strict=True):
+        for group, options in zip(self.groups, schedule["options"], strict=True):
             group.update(options)
         for scheduler, state in zip(self.schedulers, schedule["schedulers"], strict=True):
             scheduler.load_state_dict(state)
