@@ -135,7 +135,7 @@ class Problem:
         return step
 
     def replayed(self, layer: nn.Module) -> Callable[[], object]:
-        """The same of a first layer, replayed: returns y and the gradients, which are checked to be those of `step`."""
+        """The same of a first layer, replayed: returns y and the gradients, checked to be those of the plain call."""
         assert self.first
         dy = self.dy.T.contiguous().T if isinstance(layer, SparseLinear) else self.dy
 
