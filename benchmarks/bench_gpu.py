@@ -12,10 +12,10 @@ for fp16, whose counts are the same. Written are, for the three passes together 
     all       instructions of warps in PTX, relative to the dense kernel
     sectors   sectors of 32 bytes that warps read and write (before any cache), relative to (b), (c) and (d):
     (a) the live share of blocks
-    (b) a dense Triton kernel at the tile with the fewest instructions: for linear the product below, for a convolution
-        this project's kernel with a full mask and its best block
-    (b2) for linear, that product with two in a step, as the sparse kernels have: Triton then moves less through
-        registers for sm_80. For a convolution (b) has two
+    (b) a dense Triton kernel of `gpu_dense`, a matrix product or an implicit one, at the tile with the fewest
+        instructions
+    (b2) that with two products in a step, as the sparse kernels have: Triton then moves less through registers for
+        sm_80. For a convolution also this project's kernel with a full mask and its best block, if that takes fewer
     (c) the least for the tiling: each program reads its live blocks and the activation tiles that these need once, and
         writes its result once
     (d) the least without a tiling: live values, x and y each once
@@ -38,7 +38,7 @@ import itertools
 import math
 import multiprocessing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -46,13 +46,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tests.gpu.cases import BLOCKS, Layer, precision
 from tests.gpuless.driver import Launch, stand_in
 
+from . import gpu_dense
 from .gpu_floors import CARDS, bound, instructions_for_tiling, least, least_for_tiling, proportional
 
 Counts = collections.Counter
@@ -75,10 +74,6 @@ LAYERS = {
     }.items()
 }
 SPREAD = 18  # live blocks of a convolution that stand for all in wgrad
-TILES = (  # of the dense product: rows, cols, depth, warps, stages
-    *((128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4)),
-    *((128, 64, 64, 4, 4), (64, 64, 64, 4, 4)),
-)
 HEAD = (
     "Counted by `python -m benchmarks.bench_gpu`, whose docstring says what the columns hold. Nothing here is a time."
 )
@@ -88,44 +83,6 @@ HEADS = (
 )
 PER_LAYER = "linear 2048"  # whose passes are listed one by one
 IN_TF32 = "linear 1024"  # which is also counted in fp32 by tf32
-
-
-@triton.jit
-def dense_kernel(
-    a_ptr,
-    b_ptr,
-    c_ptr,
-    M,
-    N,
-    K,
-    am,
-    ak,
-    bk,
-    bn,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-):
-    """c [M, N] = a [M, K] · b [K, N], any strides; sizes are multiples of the tile's. A step of BK is one product or
-    two."""
-    HK: tl.constexpr = BK // PRODUCTS
-    tiles = N // BN
-    i_m, i_n = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    o_m, o_n, o_k = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, HK)
-    p_a = a_ptr + o_m[:, None] * am + o_k[None, :] * ak
-    p_b = b_ptr + o_k[:, None] * bk + o_n[None, :] * bn
-    b_c = tl.zeros((BM, BN), dtype=tl.float32)
-    for _ in range(K // BK):
-        b_a, b_b = tl.load(p_a), tl.load(p_b)
-        if PRODUCTS == 2:
-            b_a1, b_b1 = tl.load(p_a + HK * ak), tl.load(p_b + HK * bk)
-        b_c = tl.dot(b_a, b_b, b_c)
-        if PRODUCTS == 2:
-            b_c = tl.dot(b_a1, b_b1, b_c)
-        p_a += BK * ak
-        p_b += BK * bk
-    tl.store(c_ptr + o_m[:, None] * N + o_n[None, :], b_c.to(c_ptr.dtype.element_ty))
 
 
 def blocks_of(layer: Layer) -> list[int]:
@@ -183,34 +140,30 @@ def sparse_work(layer: Layer) -> tuple[dict[str, Counts], int]:
     return {name: counted(run, sample, layer.precision) for name, run in layer.sparse().items()}, nnz
 
 
-def dense_work(layer: Layer, products: int = 1) -> dict[str, Counts]:
-    """Each pass by a dense kernel at the tile with the fewest instructions; `products` of a step, of a linear layer."""
+def dense_work(layer: Layer) -> tuple[dict[str, Counts], dict[str, Counts]]:
+    """(b) and (b2): each pass by a dense kernel, at the tile with the fewest instructions."""
+    full = []
     if layer.image is not None:
         blocks = [b for b in (32, 64, 128) if b <= min(layer.weight_shape[:2])]
         full = [sparse_work(replace(layer, block=(b, b), density=1.0))[0] for b in blocks]
-        return {name: min((work[name] for work in full), key=_instructions) for name in full[0]}
-    (out, inputs), batch = layer.weight_shape, layer.batch
-    sizes = {"y": (batch, inputs, out), "dx": (batch, out, inputs), "dvalues": (out, batch, inputs)}
-    return {
-        name: min((_product(name, layer, size, tile, products) for tile in TILES), key=_instructions)
-        for name, size in sizes.items()
-    }
+    return _fewest(_dense(layer, 1)), _fewest([*_dense(layer, 2), *full])
 
 
-def _product(name: str, layer: Layer, size: tuple[int, int, int], tile: tuple[int, ...], products: int) -> Counts:
-    """Of a dense pass at a tile, with sizes rounded up to it."""
-    rows, cols, depth, warps, stages = tile if layer.dtype.itemsize == 2 else (*tile[:2], tile[2] // 2, *tile[3:])
-    m, k, n = (-(-length // step) * step for length, step in zip(size, (rows, depth, cols), strict=True))
-    a, b, c = (torch.empty(shape, dtype=layer.dtype) for shape in ((m, k), (k, n), (m, n)))
-    if name == "y":  # x · Wᵀ
-        b = torch.empty(n, k, dtype=layer.dtype).T
-    if name == "dvalues":  # dyᵀ · x
-        a = torch.empty(k, m, dtype=layer.dtype).T
-    grid, strides = (m // rows * (n // cols),), (*a.stride(), *b.stride())
-    options = {"BM": rows, "BN": cols, "BK": depth, "PRODUCTS": products, "num_warps": warps, "num_stages": stages}
-    return counted(
-        lambda: dense_kernel[grid](a, b, c, m, n, k, *strides, **options), lambda launch: [0], layer.precision
-    )
+def _dense(layer: Layer, products: int) -> Iterator[dict[str, Counts]]:
+    """The passes at each tile; `products` of a step."""
+    tensors = layer.tensors()
+    for tile in gpu_dense.TILES:
+        found = gpu_dense.passes(layer, tensors, tile, products)
+        yield {name: counted(run, lambda _, p=programs: p, layer.precision) for name, (run, programs) in found.items()}
+
+
+def _fewest(works: Iterable[dict[str, Counts]]) -> dict[str, Counts]:
+    """Of each pass the one with the fewest instructions."""
+    fewest: dict[str, Counts] = {}
+    for work in works:
+        for name, counts in work.items():
+            fewest[name] = min(fewest.get(name, counts), counts, key=_instructions)
+    return fewest
 
 
 def bsr_work(layer: Layer) -> Counts | None:
@@ -289,11 +242,11 @@ def _alone() -> None:
 
 
 def _lines_of_layer(lines: Callable[..., Iterator[str]], name: str, layer: Layer, blocks: list[int]) -> list[str]:
-    dense = [dense_work(layer, products) for products in ((1, 2) if layer.image is None else (1,))]
+    dense = dense_work(layer)
     return [line for block in blocks for line in lines(name, replace(layer, block=(block, block)), dense)]
 
 
-def _lines(name: str, plain: Layer, dense: list[dict[str, Counts]], shares: Sequence[float]) -> Iterator[str]:
+def _lines(name: str, plain: Layer, dense: Sequence[dict[str, Counts]], shares: Sequence[float]) -> Iterator[str]:
     full, blocks = sparse_work(replace(plain, density=1.0))
     for share in shares:
         layer = replace(plain, density=share)
@@ -302,7 +255,7 @@ def _lines(name: str, plain: Layer, dense: list[dict[str, Counts]], shares: Sequ
             yield _line(f"{name}, {layer.block[0]}", layer, nnz, nnz / blocks, passes, full, dense, bsr_work(layer))
 
 
-def _lines_of_passes(name: str, plain: Layer, dense: list[dict[str, Counts]]) -> Iterator[str]:
+def _lines_of_passes(name: str, plain: Layer, dense: Sequence[dict[str, Counts]]) -> Iterator[str]:
     layer = replace(plain, density=0.05)
     (passes, nnz), (full, blocks) = sparse_work(layer), sparse_work(replace(plain, density=1.0))
     for key in passes:
@@ -318,7 +271,7 @@ def _line(
     live: float,
     passes: dict[str, Counts],
     full: dict[str, Counts],
-    denses: list[dict[str, Counts]],
+    denses: Sequence[dict[str, Counts]],
     peer: Counts | None,
 ) -> str:
     work, sectors = _sum(passes), _sectors(_sum(passes))
@@ -326,7 +279,7 @@ def _line(
     exact = "= (a)" if math.isclose(matrix, live, rel_tol=1e-9) else f"{matrix:.4f}"
     dense = denses[0]
     shares = [f"{_instructions(work) / _instructions(_sum(one)):.1%}" for one in denses]
-    cells = [f"{live:.2%}", exact, *shares, *["–"] * (2 - len(shares))]
+    cells = [f"{live:.2%}", exact, *shares]
     tiling = least_for_tiling(layer, nnz)
     against = f"{sectors / sum(tiling[name] for name in passes):.2f}"
     if len(passes) < 3:
@@ -355,6 +308,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes that count at the same time")
     parser.add_argument("--out", type=Path, help="Markdown file to write the table to")
     given = parser.parse_args()
+    gpu_dense.check_results()
     lines = [HEAD]
     for line in table(given.only, given.shares, given.jobs):
         print(line, flush=True)
