@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -24,13 +25,14 @@ from triton.runtime import driver as triton_driver
 from .execute import Machine
 from .interpreter import interpret
 from .memory import GlobalMemory
-from .parse import parse
+from .parse import Program, parse
 from .targets import GPUS, Gpu
 
 
 @dataclass
 class Launch:
-    """One launch of a kernel; `counts` is what was counted while it was executed."""
+    """One launch of a kernel; `counts` is what was counted while it was executed, by the emulator also how often warps
+    executed each instruction of `program`."""
 
     name: str
     grid: tuple[int, int, int]
@@ -40,6 +42,8 @@ class Launch:
     args: Sequence[Any]
     constants: set[int]  # positions of the arguments that were compiled in
     counts: collections.Counter = field(default_factory=collections.Counter)
+    program: Program | None = None
+    executed: np.ndarray | None = None
 
 
 class StandIn(DriverBase):
@@ -79,7 +83,10 @@ class StandIn(DriverBase):
         memory = GlobalMemory([arg for arg in taken if isinstance(arg, torch.Tensor)], self.races)
         params = [memory.address(arg) if isinstance(arg, torch.Tensor) else arg for arg in taken]
         programs = self.programs(launch) if self.programs else None
-        Machine(parse(ptx), params, launch.grid, launch.metadata.shared, memory, launch.counts, programs).run()
+        program = parse(ptx)
+        machine = Machine(program, params, launch.grid, launch.metadata.shared, memory, launch.counts, programs)
+        machine.run()
+        launch.program, launch.executed = program, machine.executed
         memory.write_back()
 
     @staticmethod

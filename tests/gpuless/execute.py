@@ -79,6 +79,7 @@ class Machine:
         programs: Sequence[int] | None = None,
     ) -> None:
         self.program, self.params, self.memory, self.counts = program, params, memory, counts
+        self.executed = np.zeros(len(program.instructions), np.int64)  # by how many warps, for each instruction
         chosen = np.arange(grid[0] * grid[1] * grid[2]) if programs is None else np.asarray(programs)
         self.size = chosen.size * program.threads
         self.warps = self.size // 32
@@ -171,7 +172,7 @@ class Machine:
                     pc = self._pc
                 instruction = code[pc]
                 mask = self._guarded(instruction.guard)
-                self.counts["instructions"] += self._warps_active
+                self.executed[pc] += self._warps_active
                 if instruction.name in ("bra", "ret", "exit"):
                     taken = (alive if self.active is None else self.active) if mask is None else mask
                     at[alive if self.active is None else self.active] = pc + 1
@@ -180,7 +181,7 @@ class Machine:
                     else:
                         alive[taken] = False
                     if not alive.any():
-                        return
+                        break
                     self._follow(alive, at)
                     continue
                 handler = handlers[pc]
@@ -188,7 +189,9 @@ class Machine:
                     raise NotImplementedError(f"the emulator does not know {instruction.text}")
                 handler(self, instruction, mask)
                 self._pc += 1
-        raise Fault(f"not at an end after {STEPS} instructions")
+            else:
+                raise Fault(f"not at an end after {STEPS} instructions")
+        self.counts["instructions"] += int(self.executed.sum())
 
     def _follow(self, alive: np.ndarray, at: np.ndarray) -> None:
         """Makes those threads active that are the least far."""

@@ -81,6 +81,14 @@ def test_counts_instructions_and_sectors():
     assert counts["instructions"] > 0
 
 
+def test_counts_each_instruction():
+    _, launch = product_error("sm_80")
+    executed = list(zip(launch.program.instructions, launch.executed, strict=True))
+    assert {count for instruction, count in executed if instruction.name == "mma"} == {4 * 4}  # four steps, four warps
+    assert {count for instruction, count in executed if instruction.name == "ret"} == {4}
+    assert launch.executed.sum() == launch.counts["instructions"]
+
+
 @BOTH
 @pytest.mark.parametrize(
     ("dtype", "precision"),
