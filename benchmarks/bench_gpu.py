@@ -90,8 +90,10 @@ def blocks_of(layer: Layer) -> list[int]:
     return [b for b in BLOCKS if b <= min(layer.weight_shape[:2]) // 2]
 
 
-def counted(run: Callable[[], Any], sample: Callable[[Launch], list[int]], kind: str = "bf16") -> Counts:
-    """What all launches of `run` count, scaled from the programs that `sample` picks to the whole grid."""
+def launched(
+    run: Callable[[], Any], sample: Callable[[Launch], list[int]], kind: str = "bf16"
+) -> list[tuple[Launch, float]]:
+    """All launches of `run`, with what scales their counts from the programs that `sample` picks to the whole grid."""
     picked: list[list[int]] = []
 
     def programs(launch: Launch) -> list[int]:
@@ -100,9 +102,13 @@ def counted(run: Callable[[], Any], sample: Callable[[Launch], list[int]], kind:
 
     with stand_in(GPU, programs=programs, races=False) as gpu, precision(kind):
         run()
+    return [(launch, math.prod(launch.grid) / len(chosen)) for launch, chosen in zip(gpu.launches, picked, strict=True)]
+
+
+def counted(run: Callable[[], Any], sample: Callable[[Launch], list[int]], kind: str = "bf16") -> Counts:
+    """What all launches of `run` count, scaled to the whole grid."""
     total: Counts = Counts()
-    for launch, chosen in zip(gpu.launches, picked, strict=True):
-        scale = math.prod(launch.grid) / len(chosen)
+    for launch, scale in launched(run, sample, kind):
         total.update({name: count * scale for name, count in launch.counts.items()})
     return total
 
