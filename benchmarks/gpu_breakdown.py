@@ -3,9 +3,10 @@
     python -m benchmarks.gpu_breakdown [--layers "linear 1024, 16: y" …]
 
 A column is a pass of a layer of `bench_gpu` with 5 % of its blocks live, in bf16 for sm_80, executed for the programs
-that stand for all there; the dense kernel is its column (b). A loop is what lies between a label and the last branch back to it, a main loop an innermost
-one that holds matrix instructions. Its basic blocks that store a result, or are executed less often than others, are
-the end of a line and count as outside of it. Left out is `add_parts_kernel`, which adds up the parts of dvalues.
+that stand for all there; the dense kernel is its column (b). A loop is what lies between a label and the last branch
+back to it, a main loop an innermost one that holds matrix instructions. Its basic blocks that store a result, or are
+executed less often than others, are the end of a line and count as outside of it. Left out is `add_parts_kernel`, which
+adds up the parts of dvalues.
 """
 
 from __future__ import annotations
