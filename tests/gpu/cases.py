@@ -154,13 +154,13 @@ def precision(name: str) -> Iterator[None]:
 
 
 def as_tensor_core(layer: Layer, device: str = "cpu") -> dict[str, Tensor]:
-    """What torch's own operators make of the inputs as tensor cores read them: exact products, fp32 sums, a rounded
-    result."""
+    """What torch's own operators make of the inputs: exact products, in tf32 of rounded inputs as cuBLAS hands them to
+    tensor cores, fp32 sums, a rounded result."""
 
     def read(t: Tensor) -> Tensor:
         if layer.precision != "tf32":
             return t.float()
-        return (t.view(torch.int32) & -0x2000).view(torch.float32)  # 10 bits of mantissa are read
+        return ((t.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)  # 10 bits of mantissa are left
 
     if layer.precision == "tf32":  # a bias is added, not multiplied
         bias = layer.tensors(device)["bias"]

@@ -22,9 +22,8 @@ pytestmark = [
 
 
 def torchs(layer: Layer) -> dict[str, torch.Tensor]:
-    """What PyTorch's own operators make of it on the same card, with two allowances. In tf32, tensor cores drop the
-    bits that cuBLAS and cuDNN round before they hand them over: they get inputs without those bits. In exact fp32 they
-    add partial sums, which is more exact: PyTorch on the CPU takes their place."""
+    """What PyTorch's own operators make of it on the same card, with an allowance: in exact fp32 they add partial sums,
+    which is more exact, so that PyTorch on the CPU takes their place. In tf32 inputs are rounded as cuBLAS does it."""
     if layer.precision == "tf32":
         return as_tensor_core(layer, "cuda")
     return layer.dense(lambda t: t.clone(), "cpu" if layer.precision == "fp32" else "cuda")

@@ -1,6 +1,9 @@
 """Results of the compiled kernels, launched by the project's own code and executed by the emulator."""
 
+from unittest import mock
+
 import pytest
+import torch
 
 from lottery_kernels.gpu import conv, conv_wgrad, linear
 from tests.gpuless.driver import stand_in
@@ -88,6 +91,23 @@ def test_batches_that_fill_the_steps_of_several_blocks_but_not_of_fewer(rows, de
 @pytest.mark.parametrize(("block", "image", "stride"), [((16, 16), (4, 4), (1, 1)), ((32, 32), (8, 16), (1, 2))])
 def test_images_that_fill_a_step_of_the_weight_gradient_exactly(gpu, name, block, image, stride):
     check_layer(Layer(name, block, (64, 40, 3, 3), 9, image, stride, padding=(1, 1)), gpu)
+
+
+@GPUS
+@pytest.mark.parametrize("image", [None, (4, 6)])
+def test_tf32_computes_exactly_what_it_can_hold_and_loses_no_nan(gpu, image):
+    """NaNs of all ones, as a GPU makes them, would overflow to zero where their bits are rounded."""
+    layer = Layer("tf32", (32, 16), (40, 48, 3, 3) if image else (40, 48), 70, image, padding=(1, 1), bias=False)
+    whole = {name: (8 * t).round() for name, t in layer.tensors().items()}
+    with mock.patch.object(Layer, "tensors", lambda *_: whole), stand_in(gpu), precision("tf32"):
+        exact = layer.dense(lambda t: t.double())
+        for name, compute in layer.sparse().items():
+            assert (compute() == exact[name]).all(), name
+    for name, source in {"y": "weight", "dx": "weight", "dvalues": "dy"}.items():
+        nan = torch.full_like(whole[source], 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+        mixed = whole | {source: nan}
+        with mock.patch.object(Layer, "tensors", lambda *_, mixed=mixed: mixed), stand_in(gpu), precision("tf32"):
+            assert layer.sparse()[name]().isnan().any(), name
 
 
 @pytest.mark.parametrize(("block", "groups", "density"), [((16, 16), 1, 0.6), ((16, 16), 2, 0.2), ((32, 32), 2, 0.5)])

@@ -17,7 +17,7 @@ from ..pattern import Pattern
 from .geometry import Geometry, check_groups
 from .launch import Index, check, launch_wgrad
 from .settings import channels_last
-from .tiles import add_product, load_rows, pixel_offsets, row_offsets, store_block, sum_entries
+from .tiles import add_product, load_rows, pixel_offsets, rounded, row_offsets, store_block, sum_entries
 
 
 @triton.jit
@@ -151,9 +151,9 @@ def sum_blocks(
         if HALVES == "depth":
             b_dy1 = load_rows(p_dy1 + o_dy, m_n, (m + HM + o_m < last)[None, :], TAIL_N, EVEN_M)
             b_x1 = load_pixels(p_c, m, o_m, m_k, last, shift_h, shift_w, image, EVEN_M, TAIL_K, HM, HOISTED)
-        b_dw = add_product(b_dy, b_x, b_dw, PRECISION)
+        b_dw = add_product(rounded(b_dy, PRECISION), b_x, b_dw, PRECISION)
         if HALVES == "depth":
-            b_dw = add_product(b_dy1, b_x1, b_dw, PRECISION)
+            b_dw = add_product(rounded(b_dy1, PRECISION), b_x1, b_dw, PRECISION)
     o_out = o_r[:, None] * C + (o_j * (R * C) + o_c)[None, :]
     store_block(out_ptr, alive_ptr, b_dw, o_out, i_entry, i_part, nnz, R * C, flags[2], flags[3])
 

@@ -30,6 +30,7 @@ from .settings import (
     wgrad_split,
     wgrad_tile,
 )
+from .tiles import rounded
 from .tune import Sizes, best_tile
 
 
@@ -54,6 +55,13 @@ def add_parts_kernel(
     if HAS_ALIVE:
         b = tl.where(tl.load(alive_ptr + first + o, mask=m, other=None if EVEN else 0) != 0, b, 0.0)
     tl.store(out_ptr + first + o, b.to(out_ptr.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def round_kernel(values_ptr, out_ptr, size, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
+    """out [size] = values [size], `rounded`."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + o, rounded(tl.load(values_ptr + o, mask=o < size), PRECISION), mask=o < size)
 
 
 MOST_PROGRAMS = 2**31 - 1  # of a CUDA grid's first dimension
@@ -171,7 +179,7 @@ def launch_product(
     mode = precision(x.dtype, operator, target)
     count, transposed = (lines.begin.shape[0] - 1) // phases, lines.entry is not None
     table = product_tile(rows, cols, depth, x.dtype, mode, target, operator == "conv")
-    packed, added = values.contiguous(), None if bias is None else bias.contiguous()
+    packed, added = _as_multiplied(values.contiguous(), mode), None if bias is None else bias.contiguous()
 
     def lines_of_program(tile: Tile) -> int:
         # With coordinates of pixels too, a thread has no registers left to write a wide tile inside the loop.
@@ -210,6 +218,17 @@ def launch_product(
 
     traits, sizes = (x.dtype, mode, transposed, phases), Sizes(rows, count, values.shape[0])
     run(best_tile(kernel, table, (cols, depth), traits, sizes, target, run))
+
+
+def _as_multiplied(values: Tensor, precision: str) -> Tensor:
+    """`values` as they are, or `rounded`, by a kernel of their own: where they are multiplied from shared memory, a
+    program cannot change them on the way. They are few."""
+    if precision != "tf32" or not values.numel():
+        return values
+    out = torch.empty_like(values)
+    size, block = values.numel(), 1024
+    launch(round_kernel, triton.cdiv(size, block), (values, out, size), None, PRECISION=precision, BLOCK=block)
+    return out
 
 
 def launch_wgrad(

@@ -23,6 +23,7 @@ from .tiles import (
     entry_of,
     grouped_tile,
     load_rows,
+    rounded,
     row_offsets,
     store_block,
     store_tile,
@@ -251,9 +252,9 @@ def sum_blocks(
             m_m1 = m + HM + o_m < last
             b_dy1 = load_rows(p_dy1 + i_m * STRIDE_DY, m_n, m_m1[None, :], TAIL_N, EVEN_M)
             b_x1 = load_rows(p_x1 + i_m * STRIDE_X, m_k, m_m1[:, None], TAIL_K, EVEN_M)
-        b_dw = add_product(b_dy, b_x, b_dw, PRECISION)
+        b_dw = add_product(rounded(b_dy, PRECISION), b_x, b_dw, PRECISION)
         if HALVES == "depth":
-            b_dw = add_product(b_dy1, b_x1, b_dw, PRECISION)
+            b_dw = add_product(rounded(b_dy1, PRECISION), b_x1, b_dw, PRECISION)
     o_out = o_r[:, None] * C + (o_j * (R * C) + o_c)[None, :]
     store_block(out_ptr, alive_ptr, b_dw, o_out, i_entry, i_part, nnz, R * C, flags[2], flags[3])
 

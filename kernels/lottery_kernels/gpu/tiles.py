@@ -66,6 +66,21 @@ def load_rows(p, m_features, m_rows, TAIL: tl.constexpr, EVEN_M: tl.constexpr):
 
 
 @triton.jit
+def rounded(b, PRECISION: tl.constexpr):
+    """b in tf32, of which this is one operand of a product. By itself a tensor core drops the last 13 bits of fp32, of
+    both operands, so that every product comes out too small and results err 2.6 times as much as cuBLAS's, which rounds
+    both. The other one may be multiplied from shared memory, where nothing can be changed on the way. So this one is
+    rounded up from an eighth of its last bit on, which takes back three quarters of what the other loses on average:
+    1.1 times, and 1.6 times where the other has no bits to lose. What tf32 can hold stays as it is."""
+    if PRECISION == "tf32":
+        bits = b.to(tl.int32, bitcast=True)
+        short = ((bits + 0x1C00) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(b == b, short, b)  # a NaN of all ones would overflow
+    else:
+        return b
+
+
+@triton.jit
 def add_product(a, b, acc, PRECISION: tl.constexpr):
     """acc + a · b. In exact fp32 the product is summed by itself first: rounding errors then grow with the number of
     steps, not with that of the products in them."""
