@@ -96,7 +96,7 @@ def test_images_that_fill_a_step_of_the_weight_gradient_exactly(gpu, name, block
 @GPUS
 @pytest.mark.parametrize("image", [None, (4, 6)])
 def test_tf32_computes_exactly_what_it_can_hold_and_loses_no_nan(gpu, image):
-    """NaNs of all ones, as a GPU makes them, would overflow to zero where their bits are rounded."""
+    """NaNs of all ones, as a GPU makes them, too."""
     layer = Layer("tf32", (32, 16), (40, 48, 3, 3) if image else (40, 48), 70, image, padding=(1, 1), bias=False)
     whole = {name: (8 * t).round() for name, t in layer.tensors().items()}
     with mock.patch.object(Layer, "tensors", lambda *_: whole), stand_in(gpu), precision("tf32"):

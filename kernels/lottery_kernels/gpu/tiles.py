@@ -67,15 +67,14 @@ def load_rows(p, m_features, m_rows, TAIL: tl.constexpr, EVEN_M: tl.constexpr):
 
 @triton.jit
 def rounded(b, PRECISION: tl.constexpr):
-    """b in tf32, of which this is one operand of a product. By itself a tensor core drops the last 13 bits of fp32, of
-    both operands, so that every product comes out too small and results err 2.6 times as much as cuBLAS's, which rounds
-    both. The other one may be multiplied from shared memory, where nothing can be changed on the way. So this one is
-    rounded up from an eighth of its last bit on, which takes back three quarters of what the other loses on average:
-    1.1 times, and 1.6 times where the other has no bits to lose. What tf32 can hold stays as it is."""
+    """b for a product in tf32, of which this is one operand. A tensor core drops the last 13 bits of fp32, of both
+    operands, so that by itself every product comes out too small and results err 2.6 times as much as cuBLAS's, which
+    rounds both. The other one may be multiplied from shared memory, where nothing can be changed on the way. So this
+    one is rounded up from an eighth of its last bit on, which takes back three quarters of what the other loses on
+    average: 1.1 times, and 1.6 times where the other has no bits to lose. What tf32 can hold stays as it is."""
     if PRECISION == "tf32":
-        bits = b.to(tl.int32, bitcast=True)
-        short = ((bits + 0x1C00) & -0x2000).to(tl.float32, bitcast=True)
-        return tl.where(b == b, short, b)  # a NaN of all ones would overflow
+        power = (b.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)  # its sign and exponent
+        return tl.fma(power, 0.875 / 1024, b)
     else:
         return b
 
