@@ -110,6 +110,21 @@ def test_tf32_computes_exactly_what_it_can_hold_and_loses_no_nan(gpu, image):
             assert layer.sparse()[name]().isnan().any(), name
 
 
+@GPUS
+@pytest.mark.parametrize("image", [None, (4, 6)])
+@pytest.mark.parametrize(("activations", "most"), [(torch.float32, 1.2), (torch.bfloat16, 1.75)])
+def test_tf32_errs_little_more_than_with_rounded_operands(gpu, image, activations, most):
+    """On the whole of a layer, and less than twice as much also where activations have no bits to lose."""
+    layer = Layer("tf32", (32, 32), (64, 96, 3, 3) if image else (128, 256), 128, image, padding=(1, 1), bias=False)
+    inputs = layer.tensors()
+    inputs |= {name: inputs[name].to(activations).float() for name in ("x", "dy")}
+    with mock.patch.object(Layer, "tensors", lambda *_: inputs), stand_in(gpu), precision("tf32"):
+        exact, rounded = layer.dense(lambda t: t.double()), as_tensor_core(layer)
+        for name, compute in layer.sparse().items():
+            ours, theirs = ((result - exact[name]).norm() for result in (compute(), rounded[name]))
+            assert ours < most * theirs, f"{name}: {ours / theirs}"
+
+
 @pytest.mark.parametrize(("block", "groups", "density"), [((16, 16), 1, 0.6), ((16, 16), 2, 0.2), ((32, 32), 2, 0.5)])
 def test_blocks_of_a_row_are_summed_together_and_those_at_its_ends_apart(block, groups, density):
     """Four, two or one in a product."""
