@@ -24,10 +24,8 @@ class ReplayedStep(EagerStep):
         super().__init__(task, training, order_seed, stage)
         self._batch: Any = None  # of this iteration
         self._found: dict[int, Tensor] = {}  # its gradients, by the numbers of their parameters
-        self._options: list[dict[str, Any]] = []
-        self._changes = 0  # of the options
         self._half_with_gradients = Replayed(self._differentiate, self._form_of_batch)
-        self._half_with_update = Replayed(self._take_update, self._state_of_options)
+        self._half_with_update = Replayed(self._take_update, lambda: tuple(self._found))
 
     def _gradients(self, batch: Any) -> Mapping[Any, Tensor]:
         self._batch = batch
@@ -56,10 +54,3 @@ class ReplayedStep(EagerStep):
 
     def _form_of_batch(self) -> Hashable:
         return type(self._batch), tuple(self._batch) if isinstance(self._batch, Mapping) else None
-
-    def _state_of_options(self) -> Hashable:
-        """Another one whenever an optimizer's options are others than in the step before."""
-        options = self.training.options()
-        if options != self._options:
-            self._options, self._changes = options, self._changes + 1
-        return self._changes, tuple(self._found)

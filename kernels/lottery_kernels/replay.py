@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .stepped import Stepped
+
 CALLS_BEFORE = 2  # that run as they are: a first one may do more than the others, as make an optimizer's state
 PROGRAMS = 8  # kept at most: one a kind of input
 LEAVING = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}
@@ -43,11 +45,12 @@ class Replayed:
     off as they were; for another kind, as a last, smaller batch, they begin anew.
 
     Tensors that the function reaches otherwise, as parameters and an optimizer's state, are read and written where they
-    are. Where others take their place, all begins anew after `set_mask`, `sparsify` and the loading of another mask;
-    after anything else, as an optimizer's `load_state_dict`, make a new `Replayed`. All that Python decides is decided
-    when the function is recorded: branches, numbers such as a learning rate, the mode of a model, random numbers that
-    are not torch's, hooks. `key` tells of what may change. Results have no gradient graph, and `.grad` of parameters
-    stays what the recorded call left: return the gradients to see them.
+    are. Where others take their place, all begins anew after `set_mask`, `sparsify`, the loading of another mask and an
+    optimizer's `load_state_dict`; after anything else make a new `Replayed`. All that Python decides is decided when
+    the function is recorded: branches, numbers, the mode of a model, random numbers that are not torch's, hooks. `key`
+    tells of what may change. Options of an optimizer that takes a step in the function, as its rate, are noticed
+    without it; the schedule that sets them is stepped between the calls. Results have no gradient graph, and `.grad` of
+    parameters stays what the recorded call left: return the gradients to see them.
 
     A function that asks for a value (`.item()`), makes shapes from one or talks to other processes is not replayed:
     every call runs as it is, and `refusal` says why.
@@ -65,13 +68,16 @@ class Replayed:
         self.function, self.key = function, key
         self.refusal: str | None = None
         self._seen: dict[Hashable, int | Callable[..., Any]] = {}  # kind of call: how often, or its program
+        self._stepped = Stepped()
         self._since = _exchanges
 
     def __call__(self, *inputs: Tensor) -> Any:
-        if self._since != _exchanges:
+        if self._since != _exchanges or self._stepped.reloaded():
             self._since = _exchanges
             self._seen.clear()
+            self._stepped.forget()
         kind = (
+            self._stepped.options(),
             self.key(),
             torch.is_grad_enabled(),
             torch.is_autocast_enabled("cpu"),
@@ -86,15 +92,17 @@ class Replayed:
         if len(self._seen) >= PROGRAMS and kind not in self._seen:
             self._seen.clear()
         if seen < CALLS_BEFORE:
-            self._seen[kind] = seen + 1
-            return self.function(*inputs)
+            with self._stepped.looked_for():
+                result = self.function(*inputs)
+            self._seen[(self._stepped.options(), *kind[1:])] = seen + 1
+            return result
         # Other tensors than those that the function may reach otherwise: what it takes from where must be seen.
         given = [tensor if tensor.requires_grad else tensor.detach() for tensor in inputs]
         recorder = Recorder(given)
-        with recorder:
+        with self._stepped.looked_for(), recorder:
             result = self.function(*given)
         self.refusal = recorder.refusal
-        if self.refusal is None:
+        if self.refusal is None and self._stepped.options() == kind[0]:
             self._seen[kind] = recorder.program(result)
         return result
 

@@ -191,6 +191,59 @@ def test_a_key_tells_of_what_python_decides() -> None:
         assert replayed(torch.ones(2)).tolist() == [factor, factor]
 
 
+def scheduled(optimizer: torch.optim.Optimizer, calls: int) -> None:
+    """A rate that falls once in seven calls, and is the first one again after 14."""
+    optimizer.param_groups[0]["lr"] = (1e-2, 1e-3)[calls // 7 % 2]
+
+
+def reloaded(optimizer: torch.optim.Optimizer, calls: int) -> None:
+    if calls % 6 == 5:
+        state = copy.deepcopy(optimizer.state_dict())
+        for one in state["state"].values():
+            one["exp_avg"].zero_()
+        optimizer.load_state_dict(state)
+
+
+def regrouped(optimizer: torch.optim.Optimizer, calls: int) -> None:
+    if calls == 6:
+        moved = optimizer.param_groups[0]["params"].pop()
+        optimizer.add_param_group({"params": [moved], "lr": 1e-3})
+
+
+@pytest.mark.parametrize("change", [scheduled, reloaded, regrouped])
+def test_what_changes_in_an_optimizer_between_calls_is_noticed(change: Callable[..., None]) -> None:
+    torch.manual_seed(0)
+    model = sparse(lenet())
+    twin = copy.deepcopy(model)
+    optimizers = [OPTIMIZERS["adam"](one.parameters()) for one in (model, twin)]
+    plain, (step, calls) = training_step(model, optimizers[0]), counted(training_step(twin, optimizers[1]))
+    replayed = Replayed(step)
+    for number, (x, target) in enumerate(batches(30)):
+        for optimizer in optimizers:
+            change(optimizer, number)
+        assert torch.equal(replayed(x, target), plain(x, target)), number
+    assert replayed.refusal is None and len(calls) < 20
+
+
+def test_a_schedule_that_is_stepped_in_every_call_is_not_replayed() -> None:
+    model, twin = lenet(), lenet()
+    twin.load_state_dict(model.state_dict())
+    losses = []
+    for one, wrap in ((model, lambda step: step), (twin, Replayed)):
+        optimizer = OPTIMIZERS["sgd"](one.parameters())
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
+        training = training_step(one, optimizer)
+
+        def step(x: Tensor, target: Tensor, training: Any = training, schedule: Any = schedule) -> Tensor:
+            loss = training(x, target)
+            schedule.step()
+            return loss
+
+        step = wrap(step)
+        losses.append([step(*batch) for batch in batches(20)])
+    assert torch.equal(*map(torch.stack, losses))
+
+
 def test_gradients_on_and_off_are_two_kinds() -> None:
     weight = nn.Parameter(torch.ones(2))
 
