@@ -76,25 +76,25 @@ class Replayed:
             self._since = _exchanges
             self._seen.clear()
             self._stepped.forget()
+        options = self._stepped.options()
         kind = (
-            self._stepped.options(),
             self.key(),
             torch.is_grad_enabled(),
             torch.is_autocast_enabled("cpu"),
             *map(_kind, inputs),
             *_same(inputs),
         )
-        seen = self._seen.get(kind, 0)
+        seen = self._seen.get((options, kind), 0)
         if callable(seen):
             return seen(*inputs)
         if self.refusal is not None:
             return self.function(*inputs)
-        if len(self._seen) >= PROGRAMS and kind not in self._seen:
+        if len(self._seen) >= PROGRAMS and (options, kind) not in self._seen:
             self._seen.clear()
         if seen < CALLS_BEFORE:
             with self._stepped.looked_for():
                 result = self.function(*inputs)
-            self._seen[(self._stepped.options(), *kind[1:])] = seen + 1
+            self._seen[self._stepped.options(), kind] = seen + 1  # of those that it has met too
             return result
         # Other tensors than those that the function may reach otherwise: what it takes from where must be seen.
         given = [tensor if tensor.requires_grad else tensor.detach() for tensor in inputs]
@@ -102,8 +102,8 @@ class Replayed:
         with self._stepped.looked_for(), recorder:
             result = self.function(*given)
         self.refusal = recorder.refusal
-        if self.refusal is None and self._stepped.options() == kind[0]:
-            self._seen[kind] = recorder.program(result)
+        if self.refusal is None and self._stepped.options() == options:
+            self._seen[options, kind] = recorder.program(result)
         return result
 
 

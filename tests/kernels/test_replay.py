@@ -191,40 +191,6 @@ def test_a_key_tells_of_what_python_decides() -> None:
         assert replayed(torch.ones(2)).tolist() == [factor, factor]
 
 
-def scheduled(optimizer: torch.optim.Optimizer, calls: int) -> None:
-    """A rate that falls once in seven calls, and is the first one again after 14."""
-    optimizer.param_groups[0]["lr"] = (1e-2, 1e-3)[calls // 7 % 2]
-
-
-def reloaded(optimizer: torch.optim.Optimizer, calls: int) -> None:
-    if calls % 6 == 5:
-        state = copy.deepcopy(optimizer.state_dict())
-        for one in state["state"].values():
-            one["exp_avg"].zero_()
-        optimizer.load_state_dict(state)
-
-
-def regrouped(optimizer: torch.optim.Optimizer, calls: int) -> None:
-    if calls == 6:
-        moved = optimizer.param_groups[0]["params"].pop()
-        optimizer.add_param_group({"params": [moved], "lr": 1e-3})
-
-
-@pytest.mark.parametrize("change", [scheduled, reloaded, regrouped])
-def test_what_changes_in_an_optimizer_between_calls_is_noticed(change: Callable[..., None]) -> None:
-    torch.manual_seed(0)
-    model = sparse(lenet())
-    twin = copy.deepcopy(model)
-    optimizers = [OPTIMIZERS["adam"](one.parameters()) for one in (model, twin)]
-    plain, (step, calls) = training_step(model, optimizers[0]), counted(training_step(twin, optimizers[1]))
-    replayed = Replayed(step)
-    for number, (x, target) in enumerate(batches(30)):
-        for optimizer in optimizers:
-            change(optimizer, number)
-        assert torch.equal(replayed(x, target), plain(x, target)), number
-    assert replayed.refusal is None and len(calls) < 20
-
-
 def test_a_schedule_that_is_stepped_in_every_call_is_not_replayed() -> None:
     model, twin = lenet(), lenet()
     twin.load_state_dict(model.state_dict())
@@ -272,20 +238,38 @@ def densified(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     densify(model, optimizer)
 
 
-@pytest.mark.parametrize("exchange", [rewired, reloaded, densified])
-def test_layers_that_are_exchanged_are_recorded_anew(exchange: Callable[..., None]) -> None:
+def rescheduled(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Another rate, the second time the first one again."""
+    group = optimizer.param_groups[0]
+    group["lr"] = 1e-3 if group["lr"] == 1e-2 else 1e-2
+
+
+def restored(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    state = copy.deepcopy(optimizer.state_dict())
+    for one in state["state"].values():
+        one["exp_avg"].zero_()
+    optimizer.load_state_dict(state)
+
+
+def regrouped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.add_param_group({"params": [optimizer.param_groups[0]["params"].pop()], "lr": 1e-3})
+
+
+@pytest.mark.parametrize("exchange", [rewired, reloaded, densified, rescheduled, restored, regrouped])
+def test_what_is_exchanged_between_calls_is_recorded_anew(exchange: Callable[..., None]) -> None:
     torch.manual_seed(0)
     model = sparse(lenet())
     twin = copy.deepcopy(model)
     optimizers = [OPTIMIZERS["adam"](one.parameters()) for one in (model, twin)]
-    plain, replayed = (training_step(one, of) for one, of in zip((model, twin), optimizers, strict=True))
-    replayed = Replayed(replayed)
+    plain, (step, calls) = training_step(model, optimizers[0]), counted(training_step(twin, optimizers[1]))
+    replayed = Replayed(step)
     for number, (x, target) in enumerate(batches(3 * CALLS)):
         if number % CALLS == CALLS - 1 and not (exchange is densified and number > CALLS):
             exchange(model, optimizers[0]), exchange(twin, optimizers[1])
         assert torch.equal(plain(x, target), replayed(x, target)), number
     for (name, value), other in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
+    assert replayed.refusal is None and len(calls) <= 3 * (CALLS_BEFORE + 1) + 1
 
 
 def test_a_sparse_net_is_recorded_fused() -> None:
