@@ -139,6 +139,7 @@ def sampler(layer: Layer, nnz: int) -> Callable[[Launch], list[int]]:
     return sample
 
 
+@functools.cache
 def sparse_work(layer: Layer) -> tuple[dict[str, Counts], int]:
     """Counts of each pass, and live blocks."""
     nnz = layer.pattern().nnz
@@ -146,6 +147,7 @@ def sparse_work(layer: Layer) -> tuple[dict[str, Counts], int]:
     return {name: counted(run, sample, layer.precision) for name, run in layer.sparse().items()}, nnz
 
 
+@functools.cache
 def dense_work(layer: Layer) -> tuple[dict[str, Counts], dict[str, Counts]]:
     """(b) and (b2): each pass by a dense kernel, at the tile with the fewest instructions."""
     full = []

@@ -12,7 +12,6 @@ adds up the parts of dvalues.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -92,14 +91,9 @@ def column(label: str) -> list[float]:
     for launch, scale in launched(layer.sparse()[key], sampler(layer, layer.pattern().nnz)):
         if launch.name != "add_parts_kernel":
             total.update({row: count * scale for row, count in by_row(launch).items()})
-    dense = _dense(name)[key]
+    dense = dense_work(LAYERS[name])[0][key]
     numbers = [total[row] / total[MATRIX] for row in ROWS]
     return [*numbers, sum(numbers), dense["instructions"] / dense["mma"]]
-
-
-@functools.cache
-def _dense(name: str) -> dict[str, Counts]:
-    return dense_work(LAYERS[name])[0]
 
 
 def table(labels: Sequence[str]) -> Iterator[str]:

@@ -197,7 +197,8 @@ def _convolutions(x: Tensor, weight: Tensor, dy: Tensor, options: dict[str, int]
     x, weight, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, dy))
 
     def product(source: Tensor, channels: int, strides: tuple[int, int, int], sign: int) -> Tensor:
-        y = torch.empty_like(source[:, :1]).expand(-1, channels, -1, -1).contiguous(memory_format=torch.channels_last)
+        shape = (source.shape[0], channels, *source.shape[2:])
+        y = torch.empty(shape, dtype=source.dtype, memory_format=torch.channels_last)
         constants = {**images, "K": source.shape[1], "SIGN": sign}
         dense_conv_kernel[(pixels // rows * (channels // cols),)](
             source, weight, y, channels, *strides, **constants, **options
