@@ -93,20 +93,24 @@ def test_images_that_fill_a_step_of_the_weight_gradient_exactly(gpu, name, block
     check_layer(Layer(name, block, (64, 40, 3, 3), 9, image, stride, padding=(1, 1)), gpu)
 
 
+def with_tensors(tensors: dict[str, torch.Tensor]):
+    """Layers have these inputs."""
+    return mock.patch.object(Layer, "tensors", lambda *_: tensors)
+
+
 @GPUS
 @pytest.mark.parametrize("image", [None, (4, 6)])
 def test_tf32_computes_exactly_what_it_can_hold_and_loses_no_nan(gpu, image):
     """NaNs of all ones, as a GPU makes them, too."""
     layer = Layer("tf32", (32, 16), (40, 48, 3, 3) if image else (40, 48), 70, image, padding=(1, 1), bias=False)
     whole = {name: (8 * t).round() for name, t in layer.tensors().items()}
-    with mock.patch.object(Layer, "tensors", lambda *_: whole), stand_in(gpu), precision("tf32"):
+    with with_tensors(whole), stand_in(gpu), precision("tf32"):
         exact = layer.dense(lambda t: t.double())
         for name, compute in layer.sparse().items():
             assert (compute() == exact[name]).all(), name
     for name, source in {"y": "weight", "dx": "weight", "dvalues": "dy"}.items():
         nan = torch.full_like(whole[source], 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
-        mixed = whole | {source: nan}
-        with mock.patch.object(Layer, "tensors", lambda *_, mixed=mixed: mixed), stand_in(gpu), precision("tf32"):
+        with with_tensors(whole | {source: nan}), stand_in(gpu), precision("tf32"):
             assert layer.sparse()[name]().isnan().any(), name
 
 
@@ -118,7 +122,7 @@ def test_tf32_errs_little_more_than_with_rounded_operands(gpu, image, activation
     layer = Layer("tf32", (32, 32), (64, 96, 3, 3) if image else (128, 256), 128, image, padding=(1, 1), bias=False)
     inputs = layer.tensors()
     inputs |= {name: inputs[name].to(activations).float() for name in ("x", "dy")}
-    with mock.patch.object(Layer, "tensors", lambda *_: inputs), stand_in(gpu), precision("tf32"):
+    with with_tensors(inputs), stand_in(gpu), precision("tf32"):
         exact, rounded = layer.dense(lambda t: t.double()), as_tensor_core(layer)
         for name, compute in layer.sparse().items():
             ours, theirs = ((result - exact[name]).norm() for result in (compute(), rounded[name]))

@@ -58,10 +58,10 @@ def add_parts_kernel(
 
 
 @triton.jit
-def round_kernel(values_ptr, out_ptr, size, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
-    """out [size] = values [size], `rounded`."""
+def round_kernel(values_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """out [size] = values [size], `rounded` for tf32."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + o, rounded(tl.load(values_ptr + o, mask=o < size), PRECISION), mask=o < size)
+    tl.store(out_ptr + o, rounded(tl.load(values_ptr + o, mask=o < size), "tf32"), mask=o < size)
 
 
 MOST_PROGRAMS = 2**31 - 1  # of a CUDA grid's first dimension
@@ -227,7 +227,7 @@ def _as_multiplied(values: Tensor, precision: str) -> Tensor:
         return values
     out = torch.empty_like(values)
     size, block = values.numel(), 1024
-    launch(round_kernel, triton.cdiv(size, block), (values, out, size), None, PRECISION=precision, BLOCK=block)
+    launch(round_kernel, triton.cdiv(size, block), (values, out, size), None, BLOCK=block)
     return out
 
 
