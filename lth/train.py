@@ -86,10 +86,6 @@ class Training:
         """The parameter groups of all optimizers; loading an optimizer's state makes new ones."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def options(self) -> list[dict[str, Any]]:
-        """What the groups hold besides their parameters."""
-        return [{key: value for key, value in group.items() if key != "params"} for group in self.groups]
-
     @classmethod
     def begin(cls, task: Task, model: nn.Module, iteration: int) -> Training:
         """Fresh optimizers, and schedulers brought to `iteration`."""
@@ -115,7 +111,8 @@ class Training:
 
     def schedule(self) -> dict[str, Any]:
         """Where schedules stand: the state of the schedulers, and what they set in the optimizers."""
-        return copy.deepcopy({"options": self.options(), "schedulers": [one.state_dict() for one in self.schedulers]})
+        options = [{key: value for key, value in group.items() if key != "params"} for group in self.groups]
+        return copy.deepcopy({"options": options, "schedulers": [one.state_dict() for one in self.schedulers]})
 
     def reschedule(self, iteration: int, schedule: Mapping[str, Any]) -> None:
         """Goes on from an iteration at which schedules stood so; weights and state of optimizers stay as they are."""
